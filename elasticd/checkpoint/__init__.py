@@ -1,0 +1,1 @@
+"""Sharded checkpoints on torch.distributed.checkpoint."""

@@ -1,0 +1,1 @@
+"""Adapters between nodes: the store (etcd), and the links between daemons."""

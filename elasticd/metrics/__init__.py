@@ -1,0 +1,1 @@
+"""Prometheus metrics: definitions and the HTTP exporter."""
