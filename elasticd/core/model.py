@@ -102,6 +102,7 @@ class MemberState(StrEnum):
     READY = "ready"
     FAILED = "failed"
     SUCCEEDED = "succeeded"
+    LEAVING = "leaving"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
