@@ -1,0 +1,354 @@
+"""What the next round should be. Pure: a situation in, a proposal or the reason to wait out.
+
+Not here: who proposes and when (machine.py); who is alive (membership.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from elasticd.core.model import (
+    Cause,
+    Failure,
+    JobSpec,
+    Member,
+    MemberState,
+    NodeId,
+    Phase,
+    Round,
+    Seat,
+)
+from elasticd.core.view import Keyed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """All that a decision depends on.
+
+    ``reachable``: members that may enter a world (linked, not drained); ``lost``: seats of the current round whose
+    holder is gone; ``unsettled``: seats that cannot be judged or named yet; ``finished``: seats known to have ended
+    well, even if their holder has left since.
+    """
+
+    spec: JobSpec
+    round: Round | None
+    members: Mapping[NodeId, Keyed[Member]]
+    reachable: frozenset[NodeId]
+    lost: frozenset[NodeId] = frozenset()
+    rebooted: frozenset[NodeId] = frozenset()
+    unsettled: frozenset[NodeId] = frozenset()
+    drained: frozenset[NodeId] = frozenset()
+    finished: frozenset[NodeId] = frozenset()
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """The round to write, and the nodes to put out. ``planned``: nobody is hurt, so it can wait for a step boundary."""
+
+    round: Round
+    evict: frozenset[NodeId] = frozenset()
+    planned: bool = False
+    settle_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TooFewNodes:
+    have: int
+    need: int
+
+
+@dataclass(frozen=True, slots=True)
+class StillPreparing:
+    nodes: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unsettled:
+    nodes: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NoFreshStore:
+    """Nobody has a rendezvous store ready that no round has used."""
+
+
+@dataclass(frozen=True, slots=True)
+class NothingToChange:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    phase: Phase
+
+
+Reason = TooFewNodes | StillPreparing | Unsettled | NoFreshStore | NothingToChange | Over
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    reason: Reason
+
+
+#: When many join at once, one round for all is better than one for each.
+SETTLE_JOIN_S = 0.05
+#: A worker that failed because its peer's node died fails 20 to 100 ms after it; the link knows in 1 ms. Waiting this
+#: long keeps a lost node from being counted as a crash of the script.
+SETTLE_FAILURE_S = 0.15
+
+
+def decide_round(situation: Situation) -> Proposal | Wait:
+    """The next round, or why there is none to write now."""
+    current = situation.round
+    if current is not None and current.phase.terminal:
+        return Wait(Over(current.phase))
+    if situation.cancelled:
+        return _end(situation, Phase.CANCELLED, Cause.CANCELLED)
+    if current is None or current.phase is Phase.WAITING:
+        return _start(situation)
+    return _change(situation, current)
+
+
+def _start(situation: Situation) -> Proposal | Wait:
+    """No world stands: form one when everybody who said that he comes is ready, and the minimum is met."""
+    ready = [node for node in _candidates(situation) if node in situation.reachable]
+    preparing = tuple(
+        sorted(
+            node
+            for node, member in situation.members.items()
+            if member.value.state is MemberState.PREPARING and node not in situation.drained
+        )
+    )
+    if len(ready) < situation.spec.max_nodes and preparing:
+        return Wait(StillPreparing(preparing))
+    if len(ready) < situation.spec.min_nodes:
+        return Wait(TooFewNodes(len(ready), situation.spec.min_nodes))
+    cause = Cause.START if situation.round is None else Cause.JOIN
+    return _world(situation, ready, cause, settle_s=SETTLE_JOIN_S)
+
+
+def _change(situation: Situation, current: Round) -> Proposal | Wait:
+    """A world stands: end it, mend it, grow it or shrink it, in this order of urgency."""
+    seats = frozenset(seat.node_id for seat in current.seats)
+    gone = (situation.lost | situation.rebooted) - situation.finished
+    done = _done(situation, current)
+    if seats <= done:
+        return _end(situation, Phase.SUCCEEDED, Cause.FINISHED)
+    stay = [node for node in _candidates(situation) if node in situation.reachable or node in seats]
+    stay = [node for node in stay if node not in gone]
+    if gone or _without_agent(situation, current):
+        return _world(situation, stay, Cause.NODE_LOST, evict=situation.lost - situation.finished)
+    failures = _failures(situation, current)
+    if failures:
+        return _after_failure(situation, current, stay, failures[0])
+    return _planned(situation, current, seats, stay)
+
+
+def _planned(situation: Situation, current: Round, seats: frozenset[NodeId], stay: Sequence[NodeId]) -> Proposal | Wait:
+    leaving = frozenset(n for n in seats if n not in stay)
+    if leaving:
+        cause = Cause.DRAIN if leaving & situation.drained else Cause.LEAVE
+        return _world(situation, stay, cause, planned=True)
+    if len(current.seats) < situation.spec.max_nodes and set(stay) - seats:
+        return _world(situation, stay, Cause.JOIN, planned=True, settle_s=SETTLE_JOIN_S)
+    return Wait(NothingToChange())
+
+
+def _after_failure(
+    situation: Situation, current: Round, stay: Sequence[NodeId], failure: Failure
+) -> Proposal | Wait:
+    """A worker failed: within the budget everybody starts again, beyond it the job has failed."""
+    if current.restarts_by(Cause.WORKER_FAILED) >= situation.spec.max_restarts:
+        return _end(situation, Phase.FAILED, Cause.WORKER_FAILED, failure, SETTLE_FAILURE_S)
+    return _world(situation, stay, Cause.WORKER_FAILED, failure=failure, settle_s=SETTLE_FAILURE_S)
+
+
+def _candidates(situation: Situation) -> list[NodeId]:
+    """Members that can enter a new round, the oldest first."""
+    able = [
+        (member.create_revision, node)
+        for node, member in situation.members.items()
+        if member.value.state not in (MemberState.PREPARING, MemberState.LEAVING) and node not in situation.drained
+    ]
+    return [node for _, node in sorted(able)]
+
+
+def _done(situation: Situation, current: Round) -> frozenset[NodeId]:
+    return situation.finished | _in_state(situation, current, MemberState.SUCCEEDED)
+
+
+def _in_state(situation: Situation, current: Round, state: MemberState) -> frozenset[NodeId]:
+    """Seats of the current round whose members say this of this very round."""
+    found = set()
+    for seat in current.seats:
+        member = situation.members.get(seat.node_id)
+        if member and member.value.state is state and member.value.round_number == current.number:
+            found.add(seat.node_id)
+    return frozenset(found)
+
+
+def _without_agent(situation: Situation, current: Round) -> bool:
+    """Whether a seat's agent is being started again: its workers are gone with the old one."""
+    return any(
+        member.value.state is MemberState.PREPARING
+        for seat in current.seats
+        if (member := situation.members.get(seat.node_id))
+    )
+
+
+def _failures(situation: Situation, current: Round) -> list[Failure]:
+    """The failures of this round in the order in which they reached the store: the first is the cause of the rest."""
+    found = []
+    for node in _in_state(situation, current, MemberState.FAILED):
+        member = situation.members[node]
+        failure = member.value.failure
+        if failure is not None:
+            found.append((member.mod_revision, failure))
+    return [failure for _, failure in sorted(found, key=lambda item: item[0])]
+
+
+def _world(
+    situation: Situation,
+    candidates: Sequence[NodeId],
+    cause: Cause,
+    *,
+    evict: frozenset[NodeId] = frozenset(),
+    failure: Failure | None = None,
+    planned: bool = False,
+    settle_s: float = 0.0,
+) -> Proposal | Wait:
+    """A new round of these candidates; one that waits when they are too few."""
+    unsettled = situation.unsettled & frozenset(candidates)
+    if unsettled:
+        return Wait(Unsettled(tuple(sorted(unsettled))))
+    previous = situation.round
+    chosen = _choose(candidates, previous, situation.spec.max_nodes)
+    enough = len(chosen) >= situation.spec.min_nodes
+    members = {node: situation.members[node].value for node in chosen} if enough else {}
+    seats = seat_members(members, previous)
+    store = _store(seats, members, previous)
+    if enough and store is None:
+        return Wait(NoFreshStore())
+    address, port = store or ("", 0)
+    written = Round(
+        number=(previous.number if previous else 0) + 1,
+        phase=Phase.RUNNING if enough else Phase.WAITING,
+        cause=cause,
+        seats=seats,
+        store_address=address,
+        store_port=port,
+        restarts=count_restart(previous, cause),
+        failure=failure,
+    )
+    return Proposal(round=written, evict=evict, planned=planned, settle_s=settle_s)
+
+
+def _end(
+    situation: Situation, phase: Phase, cause: Cause, failure: Failure | None = None, settle_s: float = 0.0
+) -> Proposal:
+    """The last round of a job: no seats."""
+    previous = situation.round
+    number = (previous.number if previous else 0) + 1
+    restarts = previous.restarts if previous else ()
+    written = Round(number=number, phase=phase, cause=cause, restarts=restarts, failure=failure)
+    return Proposal(round=written, settle_s=settle_s)
+
+
+def count_restart(previous: Round | None, cause: Cause) -> tuple[tuple[Cause, int], ...]:
+    """The job's restarts by cause, with this one; the first round of a job is no restart."""
+    if previous is None:
+        return ()
+    counts = dict(previous.restarts)
+    counts[cause] = counts.get(cause, 0) + 1
+    return tuple(sorted(counts.items()))
+
+
+def _choose(candidates: Sequence[NodeId], previous: Round | None, limit: int) -> list[NodeId]:
+    """Those who have a seat first (nothing moves without need), then the oldest."""
+    held = {seat.node_id for seat in previous.seats} if previous else set()
+    return sorted(candidates, key=lambda node: node not in held)[:limit]
+
+
+def seat_members(members: Mapping[NodeId, Member], previous: Round | None) -> tuple[Seat, ...]:
+    """Ranks that stick: who had a place among the first n keeps it; the rest fill the gaps beside like neighbours."""
+    places: list[Member | None] = [None] * len(members)
+    rest = dict(members)
+    for seat in previous.seats if previous else ():
+        member = members.get(seat.node_id)
+        if member and member.boot_id == seat.boot_id and seat.group_rank < len(places):
+            places[seat.group_rank] = rest.pop(seat.node_id)
+    newcomers = sorted(rest.values(), key=lambda member: (member.topology.key(), member.node_id))
+    for at, place in enumerate(places):
+        if place is None:
+            places[at] = newcomers.pop(_nearest(places[at - 1] if at else None, newcomers))
+    return _number([place for place in places if place is not None])
+
+
+def _nearest(before: Member | None, newcomers: Sequence[Member]) -> int:
+    """The newcomer that shares most with the member before the gap; the first in topology order otherwise."""
+    if before is None:
+        return 0
+    return max(range(len(newcomers)), key=lambda i: (_shared(before, newcomers[i]), -i))
+
+
+def _shared(a: Member, b: Member) -> int:
+    """How many levels of the topology two members share, from the outermost in."""
+    shared = 0
+    for mine, other in zip(a.topology.key(), b.topology.key(), strict=True):
+        if mine != other:
+            break
+        shared += 1
+    return shared
+
+
+def _number(members: Sequence[Member]) -> tuple[Seat, ...]:
+    seats, first_rank = [], 0
+    for group_rank, member in enumerate(members):
+        seats.append(
+            Seat(
+                node_id=member.node_id,
+                boot_id=member.boot_id,
+                address=member.address,
+                group_rank=group_rank,
+                first_rank=first_rank,
+                nproc=member.nproc,
+                topology=member.topology,
+            )
+        )
+        first_rank += member.nproc
+    return tuple(seats)
+
+
+def _store(
+    seats: Sequence[Seat], members: Mapping[NodeId, Member], previous: Round | None
+) -> tuple[str, int] | None:
+    """Where the round's rendezvous store listens: on the first seat that has one which no round has used."""
+    used = (previous.store_address, previous.store_port) if previous else ("", 0)
+    for seat in seats:
+        port = members[seat.node_id].store_port
+        if port and (seat.address, port) != used:
+            return seat.address, port
+    return None
+
+
+@dataclass(slots=True)
+class Patience:
+    """How long the same wish has stood. The oldest member acts first, the others each a little later.
+
+    Not a decision in itself: a memory of when a proposal was first wanted.
+    """
+
+    step_s: float = 0.1
+    _wanted: tuple[object, ...] = field(default=())
+    _since: float = 0.0
+
+    def due_at(self, wish: tuple[object, ...], place: int, settle_s: float, now: float) -> float:
+        """When the node at this place (0: the oldest) may act on the wish."""
+        if wish != self._wanted:
+            self._wanted, self._since = wish, now
+        return self._since + settle_s + self.step_s * min(place, 10)
+
+    def forget(self) -> None:
+        self._wanted = ()
