@@ -11,7 +11,7 @@ from enum import StrEnum
 from elasticd.core.model import BootId, Failure, JobId, JobSpec, Member, NodeId, Round
 from elasticd.core.view import Entry
 
-# --- Events: the store ----------------------------------------------------------------------------------------------
+# --- Events: the store ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +59,7 @@ class WriteFinished:
     known: bool = True
 
 
-# --- Events: the links to other daemons ---------------------------------------------------------------------------------
+# --- Events: the links to other daemons -----------------------------------------------------------
 
 
 class Down(StrEnum):
@@ -82,7 +82,7 @@ class PeerDown:
     how: Down
 
 
-# --- Events: the agent and its workers ----------------------------------------------------------------------------------
+# --- Events: the agent and its workers ------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ class WorkersStopped:
     round_number: int
 
 
-# --- Events: training scripts that use a Session -------------------------------------------------------------------------
+# --- Events: training scripts that use a Session --------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +156,7 @@ class BoundaryReached:
     step: int
 
 
-# --- Events: the process itself --------------------------------------------------------------------------------------------
+# --- Events: the process itself -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ Event = (
     | ShutdownRequested
 )
 
-# --- Effects: the store ----------------------------------------------------------------------------------------------------
+# --- Effects: the store ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +241,11 @@ class ProposeRound:
     delete_keys: tuple[str, ...] = ()
     #: A run's last record goes away by itself after this time; 0 keeps it.
     linger_s: int = 0
+    #: The job's spec, when the store has lost it.
+    spec: JobSpec | None = None
 
 
-# --- Effects: links, agent, workers -------------------------------------------------------------------------------------------
+# --- Effects: links, agent, workers ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ Not here: who proposes and when (machine.py); who is alive (membership.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from elasticd.core.model import (
     Cause,
@@ -26,9 +26,9 @@ from elasticd.core.view import Keyed
 class Situation:
     """All that a decision depends on.
 
-    ``reachable``: members that may enter a world (linked, not drained); ``lost``: seats of the current round whose
-    holder is gone; ``unsettled``: seats that cannot be judged or named yet; ``finished``: seats known to have ended
-    well, even if their holder has left since.
+    ``members`` leaves out those that are known to be dead and hold no seat; ``reachable``: members that may enter a
+    world (linked); ``lost``: seats of the current round whose holder is gone; ``unsettled``: seats that cannot be
+    judged or named yet; ``finished``: seats known to have ended well, even if their holder has left since.
     """
 
     spec: JobSpec
@@ -41,6 +41,8 @@ class Situation:
     drained: frozenset[NodeId] = frozenset()
     finished: frozenset[NodeId] = frozenset()
     cancelled: bool = False
+    #: The workers of the current round stand still at a step boundary: they need a new round in any case.
+    parked: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +120,8 @@ def _start(situation: Situation) -> Proposal | Wait:
         sorted(
             node
             for node, member in situation.members.items()
-            if member.value.state is MemberState.PREPARING and node not in situation.drained
+            if node not in situation.drained
+            and (member.value.state is MemberState.PREPARING or node not in situation.reachable)
         )
     )
     if len(ready) < situation.spec.max_nodes and preparing:
@@ -138,6 +141,9 @@ def _change(situation: Situation, current: Round) -> Proposal | Wait:
         return _end(situation, Phase.SUCCEEDED, Cause.FINISHED)
     stay = [node for node in _candidates(situation) if node in situation.reachable or node in seats]
     stay = [node for node in stay if node not in gone]
+    unsettled = situation.unsettled & seats - gone
+    if unsettled:
+        return Wait(Unsettled(tuple(sorted(unsettled))))
     if gone or _without_agent(situation, current):
         return _world(situation, stay, Cause.NODE_LOST, evict=situation.lost - situation.finished)
     failures = _failures(situation, current)
@@ -153,12 +159,12 @@ def _planned(situation: Situation, current: Round, seats: frozenset[NodeId], sta
         return _world(situation, stay, cause, planned=True)
     if len(current.seats) < situation.spec.max_nodes and set(stay) - seats:
         return _world(situation, stay, Cause.JOIN, planned=True, settle_s=SETTLE_JOIN_S)
+    if situation.parked:
+        return _world(situation, stay, Cause.JOIN, planned=True)
     return Wait(NothingToChange())
 
 
-def _after_failure(
-    situation: Situation, current: Round, stay: Sequence[NodeId], failure: Failure
-) -> Proposal | Wait:
+def _after_failure(situation: Situation, current: Round, stay: Sequence[NodeId], failure: Failure) -> Proposal | Wait:
     """A worker failed: within the budget everybody starts again, beyond it the job has failed."""
     if current.restarts_by(Cause.WORKER_FAILED) >= situation.spec.max_restarts:
         return _end(situation, Phase.FAILED, Cause.WORKER_FAILED, failure, SETTLE_FAILURE_S)
@@ -220,9 +226,6 @@ def _world(
     settle_s: float = 0.0,
 ) -> Proposal | Wait:
     """A new round of these candidates; one that waits when they are too few."""
-    unsettled = situation.unsettled & frozenset(candidates)
-    if unsettled:
-        return Wait(Unsettled(tuple(sorted(unsettled))))
     previous = situation.round
     chosen = _choose(candidates, previous, situation.spec.max_nodes)
     enough = len(chosen) >= situation.spec.min_nodes
@@ -321,9 +324,7 @@ def _number(members: Sequence[Member]) -> tuple[Seat, ...]:
     return tuple(seats)
 
 
-def _store(
-    seats: Sequence[Seat], members: Mapping[NodeId, Member], previous: Round | None
-) -> tuple[str, int] | None:
+def _store(seats: Sequence[Seat], members: Mapping[NodeId, Member], previous: Round | None) -> tuple[str, int] | None:
     """Where the round's rendezvous store listens: on the first seat that has one which no round has used."""
     used = (previous.store_address, previous.store_port) if previous else ("", 0)
     for seat in seats:
@@ -331,24 +332,3 @@ def _store(
         if port and (seat.address, port) != used:
             return seat.address, port
     return None
-
-
-@dataclass(slots=True)
-class Patience:
-    """How long the same wish has stood. The oldest member acts first, the others each a little later.
-
-    Not a decision in itself: a memory of when a proposal was first wanted.
-    """
-
-    step_s: float = 0.1
-    _wanted: tuple[object, ...] = field(default=())
-    _since: float = 0.0
-
-    def due_at(self, wish: tuple[object, ...], place: int, settle_s: float, now: float) -> float:
-        """When the node at this place (0: the oldest) may act on the wish."""
-        if wish != self._wanted:
-            self._wanted, self._since = wish, now
-        return self._since + settle_s + self.step_s * min(place, 10)
-
-    def forget(self) -> None:
-        self._wanted = ()

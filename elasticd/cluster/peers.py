@@ -1,0 +1,280 @@
+"""Links between daemons: a dead process is known in milliseconds, a silent one within the deadline.
+
+One TCP connection a pair, dialled by the smaller node id; both sides say who they are, then send a byte every
+heartbeat. End-of-file means nothing until one immediate reconnect was refused (measured: the kernel of a killed
+process sends it within 1 ms). Nothing but the hello is ever parsed.
+
+Not here: what a dead peer means (core/membership.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from elasticd.core.messages import Down, PeerAddress, PeerDown, PeerUp
+from elasticd.core.model import PROTOCOL_VERSION, BootId, NodeId
+from elasticd.errors import OperatorError
+
+HELLO_LIMIT_BYTES = 1024
+#: An unknown caller may be a peer whose record has not reached us yet.
+STRANGER_PATIENCE_S = 5.0
+MAX_BACKOFF_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSettings:
+    """``server_tls`` and ``client_tls`` are both None (plain text) or both set (mutual TLS)."""
+
+    heartbeat_s: float = 0.1
+    dead_after_s: float = 0.5
+    server_tls: ssl.SSLContext | None = None
+    client_tls: ssl.SSLContext | None = None
+
+
+@dataclass(slots=True)
+class _Connection:
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    heard_at: float = field(default_factory=time.monotonic)
+    silent: bool = False
+
+
+class PeerLinks:
+    """Holds links to the watched peers; calls ``post`` with PeerUp and PeerDown on changes only."""
+
+    def __init__(
+        self, me: NodeId, boot_id: BootId, settings: LinkSettings, post: Callable[[PeerUp | PeerDown], None]
+    ) -> None:
+        self._me, self._boot_id, self._settings, self._post = me, boot_id, settings, post
+        self._tasks: dict[PeerAddress, asyncio.Task[None]] = {}
+        self._incoming: dict[PeerAddress, asyncio.Queue[_Connection]] = {}
+        self._live: set[_Connection] = set()
+        self._said: dict[PeerAddress, Down | None] = {}
+        self._server: asyncio.Server | None = None
+        self._monitor: asyncio.Task[None] | None = None
+        self._callers: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    async def listen(self, address: str, port: int) -> int:
+        """Returns the port. OperatorError when it is in use."""
+        try:
+            self._server = await asyncio.start_server(self._accept, address, port, ssl=self._settings.server_tls)
+        except OSError as error:
+            raise OperatorError(
+                f"cannot listen for other daemons on {address}:{port}: {error.strerror}; "
+                "set node.address and node.peer_port"
+            ) from error
+        self._monitor = asyncio.create_task(self._beat())
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def watch(self, peers: frozenset[PeerAddress]) -> None:
+        """Hold links to exactly these."""
+        for gone in set(self._tasks) - peers:
+            self._tasks.pop(gone).cancel()
+            self._incoming.pop(gone, None)
+            self._said.pop(gone, None)
+        for peer in peers - set(self._tasks):
+            self._incoming[peer] = asyncio.Queue()
+            keep = self._dial_and_keep if self._me < peer.node_id else self._await_and_keep
+            self._tasks[peer] = asyncio.create_task(keep(peer))
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def close(self) -> None:
+        tasks = [*self._tasks.values(), *self._callers] + ([self._monitor] if self._monitor else [])
+        for task in tasks:
+            task.cancel()
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._live):
+            self._drop(connection)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- the side that dials ---
+
+    async def _dial_and_keep(self, peer: PeerAddress) -> None:
+        backoff_s = 0.05
+        while True:
+            how = await self._dial_once(peer)
+            if how is None:
+                backoff_s = 0.05
+                continue  # it was up and ended: one immediate reconnect tells why
+            self._say(peer, how)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    async def _dial_once(self, peer: PeerAddress) -> Down | None:
+        """None when the link was up and then ended by end-of-file; otherwise how it is down."""
+        connection = await self._open(peer)
+        if isinstance(connection, Down):
+            return connection
+        try:
+            if not await self._greeted(connection, peer):
+                return Down.REFUSED
+            self._say(peer, None)
+            return Down.SILENT if await self._until_end(connection) else None
+        finally:
+            self._drop(connection)
+
+    async def _open(self, peer: PeerAddress) -> _Connection | Down:
+        try:
+            async with asyncio.timeout(self._settings.dead_after_s):
+                reader, writer = await asyncio.open_connection(peer.address, peer.port, ssl=self._settings.client_tls)
+        except ConnectionRefusedError:
+            return Down.REFUSED
+        except (OSError, TimeoutError):
+            return Down.SILENT
+        return _Connection(reader, writer)
+
+    async def _greeted(self, connection: _Connection, peer: PeerAddress) -> bool:
+        """Whether the other end is the very life of the node that was meant."""
+        who = await self._exchange(connection)
+        return who == (peer.node_id, peer.boot_id)
+
+    # --- the side that is dialled ---
+
+    async def _await_and_keep(self, peer: PeerAddress) -> None:
+        patience_s = 2 * self._settings.dead_after_s
+        while True:
+            try:
+                async with asyncio.timeout(patience_s):
+                    connection = await self._incoming[peer].get()
+            except TimeoutError:
+                self._say(peer, await self._why_silent(peer))
+                patience_s = MAX_BACKOFF_S
+                continue
+            self._say(peer, None)
+            silent = await self._until_end(connection)
+            self._drop(connection)
+            patience_s = self._settings.dead_after_s
+            how = Down.SILENT if silent else await self._why_ended(peer)
+            if how is not None and self._incoming[peer].empty():
+                self._say(peer, how)
+
+    async def _why_ended(self, peer: PeerAddress) -> Down | None:
+        """After end-of-file: refused means dead; otherwise the dialler has a moment to come back."""
+        probe = await self._open(peer)
+        if isinstance(probe, Down):
+            return probe
+        alive = await self._greeted(probe, peer)
+        self._drop(probe)
+        return None if alive else Down.REFUSED
+
+    async def _why_silent(self, peer: PeerAddress) -> Down:
+        return await self._why_ended(peer) or Down.SILENT
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._callers.add(task)
+        connection = _Connection(reader, writer)
+        try:
+            peer = await self._admit(connection)
+            if peer is None:
+                self._drop(connection)
+            else:
+                self._incoming[peer].put_nowait(connection)
+        except asyncio.CancelledError:
+            self._drop(connection)
+        finally:
+            self._callers.discard(task)
+
+    async def _admit(self, connection: _Connection) -> PeerAddress | None:
+        """The watched peer that calls, once its record has reached us; None for strangers and probes."""
+        who = await self._exchange(connection)
+        if who is None:
+            return None
+        deadline = time.monotonic() + STRANGER_PATIENCE_S
+        while time.monotonic() < deadline and not connection.reader.at_eof():
+            for peer in self._incoming:
+                if who == (peer.node_id, peer.boot_id):
+                    return peer if self._me > peer.node_id else None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 0.5)
+        return None
+
+    # --- both sides ---
+
+    async def _exchange(self, connection: _Connection) -> tuple[str, str] | None:
+        """Say who we are and hear who they are; None when they are not of our kind."""
+        hello = {"node": self._me, "boot": self._boot_id, "protocol": PROTOCOL_VERSION}
+        try:
+            connection.writer.write(json.dumps(hello).encode() + b"\n")
+            async with asyncio.timeout(2 * self._settings.dead_after_s):
+                line = await connection.reader.readuntil(b"\n")
+            theirs = json.loads(line[:HELLO_LIMIT_BYTES])
+            if theirs.get("protocol") != PROTOCOL_VERSION:
+                return None
+            return str(theirs["node"]), str(theirs["boot"])
+        except (OSError, TimeoutError, ValueError, KeyError, AttributeError, asyncio.IncompleteReadError):
+            return None
+        except asyncio.LimitOverrunError:
+            return None
+
+    async def _until_end(self, connection: _Connection) -> bool:
+        """Waits until the link ends. True when it fell silent, False at end-of-file."""
+        connection.heard_at = time.monotonic()
+        self._live.add(connection)
+        try:
+            while await connection.reader.read(256):
+                connection.heard_at = time.monotonic()
+        except OSError:
+            pass
+        finally:
+            self._live.discard(connection)
+        return connection.silent
+
+    async def _beat(self) -> None:
+        """Sends a byte on every link, and ends those that fell silent."""
+        woke_at = time.monotonic()
+        while True:
+            await asyncio.sleep(self._settings.heartbeat_s)
+            now = time.monotonic()
+            paused = now - woke_at > self._settings.dead_after_s / 2
+            woke_at = now
+            for connection in list(self._live):
+                if paused:  # we were stopped ourselves: what the others sent meanwhile is still to be read
+                    connection.heard_at = now
+                elif now - connection.heard_at > self._settings.dead_after_s - self._settings.heartbeat_s / 2:
+                    connection.silent = True
+                    connection.writer.transport.abort()
+                    continue
+                connection.writer.write(b".")
+
+    def _say(self, peer: PeerAddress, down: Down | None) -> None:
+        if peer in self._said and self._said[peer] == down:
+            return
+        if peer in self._said and self._said[peer] is not None and down is not None:
+            return  # down is down: the first evidence stands
+        self._said[peer] = down
+        if down is None:
+            self._post(PeerUp(node_id=peer.node_id, boot_id=peer.boot_id))
+        else:
+            self._post(PeerDown(node_id=peer.node_id, boot_id=peer.boot_id, how=down))
+
+    def _drop(self, connection: _Connection) -> None:
+        self._live.discard(connection)
+        with contextlib.suppress(OSError, RuntimeError):
+            connection.writer.transport.abort()
+
+
+def probe(address: str, port: int, timeout_s: float, tls: ssl.SSLContext | None = None) -> BootId | Down:
+    """Who listens there now (blocking): the boot id of a daemon, or how it does not answer."""
+    try:
+        with socket.create_connection((address, port), timeout_s) as raw:
+            connection = tls.wrap_socket(raw, server_hostname=address) if tls else raw
+            connection.settimeout(timeout_s)
+            with connection, connection.makefile("rb") as stream:
+                line = stream.readline(HELLO_LIMIT_BYTES)
+        return BootId(str(json.loads(line)["boot"]))
+    except ConnectionRefusedError:
+        return Down.REFUSED
+    except (OSError, ValueError, KeyError, TypeError):
+        return Down.SILENT

@@ -1,0 +1,524 @@
+"""The machine: one node's whole behaviour as ``handle(event, now) -> effects``. Pure: no I/O, clock or thread.
+
+Every event first changes what the machine knows; then the machine looks at everything it knows and returns what to do
+(level-triggered: a lost event costs time, never correctness). It keeps only what the store does not: its own stage,
+the links, which writes are in flight.
+
+Not here: what the next round is (rendezvous.py), who is alive (membership.py), which job to take (scheduling.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from elasticd.core import keys, messages
+from elasticd.core.deadline import StepDeadline
+from elasticd.core.membership import Evidence, Link, Verdict, neighbours
+from elasticd.core.messages import Down, Effect, Event, Guard, PeerAddress, Report, Write
+from elasticd.core.model import Failure, JobId, JobSpec, Member, MemberState, Node, NodeId, Phase, Round
+from elasticd.core.proposer import Proposer
+from elasticd.core.rendezvous import NothingToChange, Situation
+from elasticd.core.scheduling import choose_job
+from elasticd.core.stages import Stage, Trigger, advance
+from elasticd.core.view import Job, Keyed, View
+
+#: A silence that began while the store was away too may be our own: wait this long for links to come back.
+RECONNECT_GRACE_S = 1.5
+LINGER_S = {Phase.SUCCEEDED: 60, Phase.CANCELLED: 60, Phase.FAILED: 10}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the machine is told once. ``fixed_job``: ``elasticd run``, one job and then exit."""
+
+    lease_ttl_s: float = 5.0
+    fixed_job: JobSpec | None = None
+    shutdown_grace_s: float = 10.0
+    step_floor_s: float = 60.0
+
+
+@dataclass(slots=True)
+class Task:
+    """This node's part in its job."""
+
+    spec: JobSpec
+    nproc: int = 0
+    store_port: int = 0
+    started_round: int = 0
+    last_round: Round | None = None
+    failure: Failure | None = None
+    finished: set[NodeId] = field(default_factory=set)
+    sessions: dict[int, int | None] = field(default_factory=dict)  # rank -> step where it is parked
+    boundary_asked: tuple[int, float] | None = None  # (round, when)
+    deadline: StepDeadline = field(default_factory=StepDeadline)
+
+    def parked(self) -> bool:
+        return bool(self.sessions) and all(step is not None for step in self.sessions.values())
+
+
+class Machine:
+    """One node. ``wake_at`` says when the machine wants a Ticked if nothing else happens."""
+
+    def __init__(self, node: Node, settings: Settings) -> None:
+        self.node = node
+        self.settings = settings
+        self.view = View()
+        self.stage = Stage.IDLE
+        self.task: Task | None = None
+        self.links: dict[NodeId, Link] = {}
+        self.store_up_since: float | None = None
+        self.leaving_since: float | None = None
+        self.ended: Round | None = None
+        self.wake_at: float | None = None
+        self._proposer = Proposer()
+        self._in_flight: set[Write] = set()
+        self._written_revision = 0
+        self._must_reload = False
+        self._watched: frozenset[PeerAddress] = frozenset()
+        self._exited = False
+
+    # --- the one way in ---------------------------------------------------------------------------
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """What to do now, in order. Equal histories give equal effects."""
+        self.wake_at = None
+        effects = list(self._absorb(event, now))
+        effects += self._decide(now)
+        return effects
+
+    # --- events change what is known --------------------------------------------------------------
+
+    def _absorb(self, event: Event, now: float) -> Iterator[Effect]:  # noqa: C901
+        match event:
+            case messages.SnapshotLoaded():
+                if self.store_up_since is None:
+                    self.store_up_since = now
+                self._in_flight.clear()
+                self._must_reload = False
+                self.view.replace(event.entries, event.revision)
+            case messages.KeysChanged():
+                self.view.change(event.entries, event.revision)
+            case messages.StoreLost():
+                if self.store_up_since is not None:
+                    yield Report(event="store_lost")
+                self.store_up_since, self.view.loaded = None, False
+            case messages.StoreBack():
+                self.store_up_since = now
+                yield Report(event="store_back")
+            case messages.LeaseLost():
+                yield Report(event="lease_lost")
+            case messages.WriteFinished():
+                yield from self._write_finished(event)
+            case messages.PeerUp() | messages.PeerDown():
+                yield from self._link_changed(event, now)
+            case messages.ShutdownRequested():
+                yield from self._shutdown(event, now)
+            case messages.Ticked():
+                pass
+            case _:
+                if self.task is not None:
+                    yield from self._absorb_task(event, self.task, now)
+
+    def _absorb_task(self, event: Event, task: Task, now: float) -> Iterator[Effect]:
+        match event:
+            case messages.AgentReady():
+                task.store_port, task.nproc = event.store_port, event.nproc
+                if self.stage is Stage.PREPARING:
+                    self._advance(Trigger.AGENT_READY)
+                    yield Report(event="agent_ready", details=(("job", task.spec.job_id),))
+            case messages.AgentExited():
+                yield from self._agent_exited(task, event.reason)
+            case messages.RoundWanted():
+                if self.stage is Stage.RUNNING and event.after == task.started_round:
+                    yield from self._fail(task, _foreign_failure(self.node.node_id))
+            case messages.WorkersSucceeded():
+                if self.stage is Stage.RUNNING and event.round_number == task.started_round:
+                    self._advance(Trigger.WORKERS_SUCCEEDED)
+                    yield self._report_round("workers_succeeded", event.round_number)
+            case messages.WorkersFailed():
+                if self.stage is Stage.RUNNING and event.round_number == task.started_round:
+                    yield from self._fail(task, event.failure)
+            case messages.WorkersStarted():
+                yield self._report_round("workers_started", event.round_number)
+            case messages.WorkersStopped():
+                yield self._report_round("workers_stopped", event.round_number)
+            case _:
+                yield from self._absorb_session(event, task, now)
+
+    def _absorb_session(self, event: Event, task: Task, now: float) -> Iterator[Effect]:
+        match event:
+            case messages.SessionJoined() if event.round_number == task.started_round:
+                task.sessions[event.rank] = None
+            case messages.SessionLeft() if event.round_number == task.started_round:
+                task.sessions.pop(event.rank, None)
+            case messages.StepCompleted() if event.round_number == task.started_round:
+                task.deadline.completed(event.seconds, now)
+            case messages.BoundaryReached() if event.round_number == task.started_round:
+                task.sessions[event.rank] = event.step
+                yield self._report_round("boundary", event.round_number, step=event.step)
+            case _:
+                pass  # about an older round: its workers are being stopped
+
+    def _write_finished(self, event: messages.WriteFinished) -> Iterator[Effect]:
+        self._in_flight.discard(event.write)
+        self._written_revision = max(self._written_revision, event.revision)
+        if event.write is Write.REGISTER and event.succeeded:
+            yield Report(event="registered")
+        if not event.known or not event.succeeded:
+            self._must_reload = True
+            yield messages.Reload()
+
+    def _link_changed(self, event: messages.PeerUp | messages.PeerDown, now: float) -> Iterator[Effect]:
+        down = event.how if isinstance(event, messages.PeerDown) else None
+        self.links[event.node_id] = Link(boot_id=event.boot_id, down=down, since=now)
+        if down is None:
+            yield Report(event="peer_up", details=(("peer", event.node_id),))
+        else:
+            yield Report(event="peer_down", details=(("peer", event.node_id), ("how", down.value)))
+
+    def _shutdown(self, event: messages.ShutdownRequested, now: float) -> Iterator[Effect]:
+        if self.leaving_since is None:
+            self.leaving_since = now
+            yield Report(event="leaving")
+        if event.at_once and self.task is not None and self.stage is not Stage.ENDING:
+            yield from self._end(self.task, Trigger.DISMISSED)
+
+    def _agent_exited(self, task: Task, reason: str) -> Iterator[Effect]:
+        if self.stage is Stage.ENDING:
+            self._advance(Trigger.AGENT_GONE)
+            yield messages.DeleteMember(job_id=task.spec.job_id)
+            self.task = None
+            return
+        yield Report(event="agent_lost", details=(("job", task.spec.job_id), ("reason", reason)))
+        self._advance(Trigger.AGENT_LOST)
+        task.store_port, task.sessions = 0, {}
+        yield messages.StartAgent(spec=task.spec)
+
+    def _fail(self, task: Task, failure: Failure) -> Iterator[Effect]:
+        task.failure = failure
+        self._advance(Trigger.WORKERS_FAILED)
+        yield self._report_round(
+            "workers_failed",
+            task.started_round,
+            rank=failure.rank,
+            exit_code=failure.exit_code,
+            message=failure.message,
+        )
+
+    # --- what is known decides what to do ---------------------------------------------------------
+
+    def _decide(self, now: float) -> Iterator[Effect]:
+        yield from self._choose_job()
+        if self.task is not None and self.view.loaded:
+            yield from self._follow_round(self.task, now)
+        if self.task is not None:
+            yield from self._watch_steps(self.task, now)
+        yield from self._register()
+        if self.task is not None:
+            yield from self._publish(self.task)
+            yield from self._propose(self.task, now)
+        yield from self._watch_peers()
+        yield from self._finish(now)
+
+    def _choose_job(self) -> Iterator[Effect]:
+        me, fixed = self.node.node_id, self.settings.fixed_job
+        away = self.leaving_since is not None or me in self.view.drains
+        if self.stage is Stage.IDLE and not away and not self._exited and self.view.loaded:
+            job_id = fixed.job_id if fixed else choose_job(self.view.jobs, me)
+            if fixed and self.ended is not None:
+                return
+            spec = fixed or (self._spec(job_id) if job_id else None)
+            if spec is not None:
+                yield from self._take(spec)
+        elif self.task is not None and self.stage in (Stage.WAITING, Stage.PREPARING):
+            job = self.view.job(self.task.spec.job_id)
+            moved = not fixed and choose_job(self.view.jobs, me, self.task.spec.job_id) != self.task.spec.job_id
+            seated = job.round is not None and job.round.value.seat_of(me) is not None
+            if self.view.loaded and not seated and not job.over and (away or moved):
+                yield from self._end(self.task, Trigger.DISMISSED)
+
+    def _spec(self, job_id: JobId) -> JobSpec | None:
+        spec = self.view.job(job_id).spec
+        return spec.value if spec else None
+
+    def _take(self, spec: JobSpec) -> Iterator[Effect]:
+        self.task = Task(spec=spec, deadline=StepDeadline(floor_s=self.settings.step_floor_s))
+        self._advance(Trigger.JOB_TAKEN)
+        yield Report(event="job_taken", details=(("job", spec.job_id),))
+        yield messages.StartAgent(spec=spec)
+
+    def _follow_round(self, task: Task, now: float) -> Iterator[Effect]:
+        record = self.view.job(task.spec.job_id).round
+        if record is None or self.stage is Stage.ENDING:
+            return
+        current = record.value
+        if current.phase.terminal:
+            self.ended = current
+            yield Report(event="job_over", details=(("job", task.spec.job_id), ("phase", current.phase.value)))
+            yield from self._end(task, Trigger.JOB_OVER)
+        elif current.number > task.started_round:
+            yield from self._enter_round(task, current)
+        task.last_round = current
+        self._remember_finished(task, current)
+
+    def _enter_round(self, task: Task, current: Round) -> Iterator[Effect]:
+        seat = current.seat_of(self.node.node_id)
+        if seat is not None and seat.boot_id == self.node.boot_id and self.stage is not Stage.PREPARING:
+            self._new_round(task, current.number)
+            self._advance(Trigger.ADMITTED)
+            yield Report(event="round_seen", details=(("job", task.spec.job_id), ("round", current)))
+            yield messages.StartRound(job_id=task.spec.job_id, round=current)
+        elif self.stage in (Stage.RUNNING, Stage.BROKEN, Stage.FINISHED):
+            self._new_round(task, current.number)
+            self._advance(Trigger.FENCED)
+            yield Report(event="round_seen", details=(("job", task.spec.job_id), ("round", current)))
+            yield self._report_round("fenced", current.number)
+            yield messages.StopWorkers(
+                job_id=task.spec.job_id, round_number=current.number, timeout_s=task.spec.stop_timeout_s
+            )
+
+    def _new_round(self, task: Task, number: int) -> None:
+        task.started_round, task.failure, task.boundary_asked = number, None, None
+        task.sessions, task.finished = {}, set()
+        task.deadline.reset()
+
+    def _remember_finished(self, task: Task, current: Round) -> None:
+        for node_id, member in self.view.job(task.spec.job_id).members.items():
+            if member.value.state is MemberState.SUCCEEDED and member.value.round_number == current.number:
+                task.finished.add(node_id)
+
+    def _watch_steps(self, task: Task, now: float) -> Iterator[Effect]:
+        if self.stage is not Stage.RUNNING or task.parked() or task.boundary_asked is not None:
+            return
+        expires_at = task.deadline.expires_at()
+        if expires_at is None:
+            return
+        if now >= expires_at:
+            message = "no rank of this node completed a step within the deadline learned from earlier steps"
+            rank = min(task.sessions, default=0)
+            yield from self._fail(task, replace(_foreign_failure(self.node.node_id), rank=rank, message=message))
+        else:
+            self._wake(expires_at)
+
+    def _register(self) -> Iterator[Effect]:
+        if self.store_up_since is None or not self.view.loaded or self._exited or self._mine() is not None:
+            return
+        if self._may_write(Write.REGISTER):
+            self._in_flight.add(Write.REGISTER)
+            yield messages.Register()
+
+    def _publish(self, task: Task) -> Iterator[Effect]:
+        mine, job_id = self._mine(), task.spec.job_id
+        if mine is None or self.stage is Stage.ENDING or not self._may_write(Write.MEMBER):
+            return
+        wanted = self._member(task)
+        held = self.view.job(job_id).members.get(self.node.node_id)
+        if held is None or held.value != wanted:
+            self._in_flight.add(Write.MEMBER)
+            yield messages.PutMember(job_id=job_id, member=wanted, node_create_revision=mine.create_revision)
+
+    def _member(self, task: Task) -> Member:
+        states = {
+            Stage.PREPARING: MemberState.PREPARING,
+            Stage.BROKEN: MemberState.FAILED,
+            Stage.FINISHED: MemberState.SUCCEEDED,
+        }
+        state = states.get(self.stage, MemberState.READY)
+        if self.leaving_since is not None and state in (MemberState.READY, MemberState.PREPARING):
+            state = MemberState.LEAVING
+        about_round = state in (MemberState.FAILED, MemberState.SUCCEEDED)
+        return Member(
+            node_id=self.node.node_id,
+            boot_id=self.node.boot_id,
+            address=self.node.address,
+            nproc=task.nproc,
+            topology=self.node.topology,
+            state=state,
+            round_number=task.started_round if about_round else 0,
+            store_port=task.store_port,
+            failure=task.failure if state is MemberState.FAILED else None,
+        )
+
+    def _propose(self, task: Task, now: float) -> Iterator[Effect]:
+        mine, job_id = self._mine(), task.spec.job_id
+        job = self.view.job(job_id)
+        if mine is None or self.stage is Stage.ENDING or self.node.node_id not in job.members:
+            return
+        if not self._may_write(Write.ROUND) or Write.MEMBER in self._in_flight:
+            return
+        situation = self._situation(task, job, now)
+        due = self._proposer.consider(situation, self._seniority(situation), self._asked(task), now)
+        if due.ask_boundary and task.boundary_asked is None:
+            task.boundary_asked = (task.started_round, now)
+            yield messages.RequestBoundary(round_number=task.started_round)
+            self._wake(now + task.spec.boundary_timeout_s)
+        if due.wake_at is not None:
+            self._wake(due.wake_at)
+        if due.proposal is not None:
+            yield from self._write_round(task, job, mine, due.proposal.round, due.proposal.evict, due.waited_s)
+        elif job.round is None and task.last_round is not None and self._proposer.reason == NothingToChange():
+            # The store came back empty: the world that stands is written again as it was.
+            yield from self._write_round(task, job, mine, task.last_round, frozenset(), 0.0)
+
+    def _asked(self, task: Task) -> float | None:
+        """When the proposer may go on with a planned change: None when it must first ask for a boundary."""
+        if self.stage is not Stage.RUNNING or not task.sessions or task.parked():
+            return 0.0
+        if task.boundary_asked is None:
+            return None
+        return task.boundary_asked[1] + task.spec.boundary_timeout_s
+
+    def _situation(self, task: Task, job: Job, now: float) -> Situation:
+        evidence = self._evidence(now)
+        current = job.round.value if job.round else task.last_round
+        verdicts = {
+            seat.node_id: evidence.judge_seat(seat, job.members.get(seat.node_id))
+            for seat in (current.seats if current else ())
+        }
+        dead = {node for node, link in self.links.items() if link.down is not None}
+        members = {
+            node: member
+            for node, member in job.members.items()
+            if node in verdicts or node not in dead or self.links[node].boot_id != member.value.boot_id
+        }
+        linked = {peer.node_id for peer in self._peers_wanted()}
+        return Situation(
+            spec=task.spec,
+            round=current,
+            members=members,
+            reachable=frozenset(n for n, m in members.items() if evidence.reaches(m.value, n in linked)),
+            lost=_judged(verdicts, Verdict.LOST),
+            rebooted=_judged(verdicts, Verdict.REBOOTED),
+            unsettled=_judged(verdicts, Verdict.REGISTERING) | _judged(verdicts, Verdict.UNCLEAR),
+            drained=frozenset(self.view.drains),
+            finished=frozenset(task.finished),
+            cancelled=job.cancelled,
+            parked=task.parked() and self.stage is Stage.RUNNING,
+        )
+
+    def _evidence(self, now: float) -> Evidence:
+        store_up_s = 0.0 if self.store_up_since is None else now - self.store_up_since
+        links = self.links
+        if store_up_s < RECONNECT_GRACE_S:
+            links = {n: x for n, x in links.items() if x.down is not Down.SILENT}
+            self._wake(now + RECONNECT_GRACE_S - store_up_s)
+        return Evidence(me=self.node.node_id, links=links, store_up_s=store_up_s, lease_ttl_s=self.settings.lease_ttl_s)
+
+    def _seniority(self, situation: Situation) -> int | None:
+        """My place among the live members, the oldest first. None: not mine to propose.
+
+        Who has lost more than half of the others at once is more likely the one that is cut off: he steps back.
+        """
+        me = self.node.node_id
+        gone = situation.lost | situation.rebooted
+        ages = sorted((m.create_revision, n) for n, m in situation.members.items() if n not in gone)
+        place = next(i for i, (_, node) in enumerate(ages) if node == me)
+        seats = {s.node_id for s in situation.round.seats} if situation.round else set()
+        if seats and me not in seats and seats - gone:
+            place += len(seats)
+        silent = {n for n in gone if n in self.links and self.links[n].down is Down.SILENT}
+        return place + 3 if 2 * len(silent) > len(seats - {me}) and len(seats) > 2 else place
+
+    def _write_round(
+        self, task: Task, job: Job, mine: Keyed[Node], wanted: Round, evict: frozenset[NodeId], waited_s: float
+    ) -> Iterator[Effect]:
+        job_id = task.spec.job_id
+        guards = [Guard(key=keys.node(self.node.node_id), create_revision=mine.create_revision)]
+        for seat in wanted.seats:
+            held = job.members[seat.node_id]
+            guards.append(Guard(key=keys.member(job_id, seat.node_id), create_revision=held.create_revision))
+        deletes: list[str] = []
+        for node_id in sorted(evict):
+            known = self.view.nodes.get(node_id)
+            guards.append(Guard(key=keys.node(node_id), create_revision=known.create_revision if known else 0))
+            deletes += [keys.node(node_id), keys.member(job_id, node_id)]
+        linger_s = LINGER_S[wanted.phase] if task.spec.by_run and wanted.phase.terminal else 0
+        self._in_flight.add(Write.ROUND)
+        yield self._report_round("round_proposed", wanted.number, cause=wanted.cause.value, waited_s=waited_s)
+        yield messages.ProposeRound(
+            job_id=job_id,
+            round=replace(wanted, proposer=self.node.node_id),
+            expected_mod_revision=job.round.mod_revision if job.round else 0,
+            guards=tuple(guards),
+            delete_keys=tuple(deletes),
+            linger_s=linger_s,
+            spec=task.spec if job.spec is None else None,
+        )
+
+    def _watch_peers(self) -> Iterator[Effect]:
+        if not self.view.loaded or self.store_up_since is None:
+            return  # while the store is away, what is missing from the view proves nothing
+        wanted = self._peers_wanted()
+        if wanted != self._watched:
+            self._watched = wanted
+            yield messages.WatchPeers(peers=wanted)
+
+    def _peers_wanted(self) -> frozenset[PeerAddress]:
+        """Links to the neighbours among the members of my job; a link that a seat still needs outlives its key."""
+        if self.task is None:
+            return frozenset()
+        job = self.view.job(self.task.spec.job_id)
+        known = {n: self.view.nodes[n].value for n in job.members if n in self.view.nodes}
+        near = neighbours(self.node.node_id, frozenset(known))
+        wanted = {
+            PeerAddress(node_id=n.node_id, boot_id=n.boot_id, address=n.address, port=n.peer_port)
+            for n in known.values()
+            if n.node_id in near
+        }
+        seats = {s.node_id: s.boot_id for s in job.round.value.seats} if job.round else {}
+        kept = {p for p in self._watched if seats.get(p.node_id) == p.boot_id and p.node_id not in known}
+        return frozenset(wanted | kept)
+
+    def _finish(self, now: float) -> Iterator[Effect]:
+        """The end of the process: a run's job is over, or a shutdown has got as far as it can."""
+        if self._exited:
+            return
+        if self.leaving_since is not None and self.task is not None and self.stage is not Stage.ENDING:
+            grace_s = self.settings.shutdown_grace_s + self.task.spec.boundary_timeout_s
+            if now >= self.leaving_since + grace_s:
+                yield from self._end(self.task, Trigger.DISMISSED)
+            else:
+                self._wake(self.leaving_since + grace_s)
+        if self.task is None and (self.leaving_since is not None or (self.settings.fixed_job and self.ended)):
+            self._exited = True
+            yield messages.Exit(status=self._status())
+
+    def _status(self) -> int:
+        if self.ended is not None:
+            return 0 if self.ended.phase is Phase.SUCCEEDED else 1
+        return 1 if self.settings.fixed_job else 0
+
+    # --- small things -----------------------------------------------------------------------------
+
+    def _end(self, task: Task, trigger: Trigger) -> Iterator[Effect]:
+        self._advance(trigger)
+        yield messages.EndAgent(job_id=task.spec.job_id, timeout_s=task.spec.stop_timeout_s)
+
+    def _advance(self, trigger: Trigger) -> None:
+        self.stage = advance(self.stage, trigger)
+
+    def _mine(self) -> Keyed[Node] | None:
+        """This node's key, when it is of this life."""
+        held = self.view.nodes.get(self.node.node_id)
+        return held if held is not None and held.value.boot_id == self.node.boot_id else None
+
+    def _may_write(self, write: Write) -> bool:
+        """One write of a kind at a time, and none before the view shows the last one."""
+        up = self.store_up_since is not None and self.view.loaded and not self._must_reload
+        return up and write not in self._in_flight and self.view.revision >= self._written_revision
+
+    def _report_round(self, event: str, number: int, **details: object) -> Report:
+        job_id = self.task.spec.job_id if self.task else ""
+        return Report(event=event, details=(("job", job_id), ("round", number), *details.items()))
+
+    def _wake(self, at: float) -> None:
+        self.wake_at = at if self.wake_at is None else min(self.wake_at, at)
+
+
+def _judged(verdicts: dict[NodeId, Verdict], wanted: Verdict) -> frozenset[NodeId]:
+    return frozenset(node for node, verdict in verdicts.items() if verdict is wanted)
+
+
+def _foreign_failure(node_id: NodeId) -> Failure:
+    return Failure(node_id=node_id, rank=0, local_rank=0, exit_code=1, message="the agent asked for a new round")

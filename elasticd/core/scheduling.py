@@ -1,0 +1,49 @@
+"""Which job an idle node takes. Pure.
+
+The oldest job that is short of nodes comes first, then the oldest that has room for a spare. A spare moves on when
+another job is short. Not here: which members of a job are in its world (rendezvous.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from elasticd.core.model import JobId, NodeId
+from elasticd.core.view import Job
+
+
+def choose_job(jobs: Mapping[JobId, Job], me: NodeId, current: JobId | None = None) -> JobId | None:
+    """The job to be in; ``current`` when there is no reason to move."""
+    open_jobs = [
+        (job.spec.create_revision, job_id, job)
+        for job_id, job in jobs.items()
+        if job.spec is not None and not job.spec.value.by_run and not job.over and not job.cancelled
+    ]
+    open_jobs.sort(key=lambda item: item[:2])
+    for _, job_id, job in open_jobs:
+        if _room(job, me, spares=False) and (job_id == current or _place(job, me) is None):
+            return job_id
+    if current is not None and any(job_id == current for _, job_id, _ in open_jobs):
+        return current
+    return next((job_id for _, job_id, job in open_jobs if _room(job, me, spares=True)), None)
+
+
+def _room(job: Job, me: NodeId, *, spares: bool) -> bool:
+    """Whether fewer nodes came before me than the job wants."""
+    assert job.spec is not None
+    spec = job.spec.value
+    wanted = spec.max_nodes + (spec.spares if spares else 0)
+    place = _place(job, me)
+    return (len(job.members) if place is None else place) < wanted
+
+
+def _place(job: Job, me: NodeId) -> int | None:
+    """How many members are older than me; None when I am no member."""
+    mine = job.members.get(me)
+    if mine is None:
+        return None
+    seats = {seat.node_id for seat in job.round.value.seats} if job.round is not None else set()
+    if me in seats:
+        return 0
+    older = [m for n, m in job.members.items() if n in seats or m.create_revision < mine.create_revision]
+    return len(older)
