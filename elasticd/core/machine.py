@@ -211,7 +211,7 @@ class Machine:
     def _decide(self, now: float) -> Iterator[Effect]:
         yield from self._choose_job()
         if self.task is not None and self.view.loaded:
-            yield from self._follow_round(self.task, now)
+            yield from self._follow_round(self.task)
         if self.task is not None:
             yield from self._watch_steps(self.task, now)
         yield from self._register()
@@ -248,7 +248,7 @@ class Machine:
         yield Report(event="job_taken", details=(("job", spec.job_id),))
         yield messages.StartAgent(spec=spec)
 
-    def _follow_round(self, task: Task, now: float) -> Iterator[Effect]:
+    def _follow_round(self, task: Task) -> Iterator[Effect]:
         record = self.view.job(task.spec.job_id).round
         if record is None or self.stage is Stage.ENDING:
             return
@@ -387,7 +387,7 @@ class Machine:
             spec=task.spec,
             round=current,
             members=members,
-            reachable=frozenset(n for n, m in members.items() if evidence.reaches(m.value, n in linked)),
+            reachable=frozenset(n for n, m in members.items() if evidence.reaches(m.value, linked=n in linked)),
             lost=_judged(verdicts, Verdict.LOST),
             rebooted=_judged(verdicts, Verdict.REBOOTED),
             unsettled=_judged(verdicts, Verdict.REGISTERING) | _judged(verdicts, Verdict.UNCLEAR),

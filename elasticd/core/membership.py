@@ -59,7 +59,7 @@ class Evidence:
             return Verdict.REGISTERING
         return Verdict.LOST if self.store_up_s >= self.lease_ttl_s else Verdict.UNCLEAR
 
-    def reaches(self, member: Member, linked: bool) -> bool:
+    def reaches(self, member: Member, *, linked: bool) -> bool:
         """Whether a candidate may be let in: a neighbour must have a link that is up."""
         if member.node_id == self.me:
             return True

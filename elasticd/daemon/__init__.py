@@ -1,0 +1,1 @@
+"""The composition root: joins the core with its adapters, in one loop."""

@@ -1,0 +1,175 @@
+"""The daemon's end of the node-local socket: agents and training scripts connect, their messages become events.
+
+A connection that sends something malformed is closed; it cannot hurt the others. Not here: what events mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from elasticd.channel import MAX_LINE_BYTES, Message, decode, encode
+from elasticd.core import messages
+from elasticd.core.messages import Event
+from elasticd.core.model import Failure, JobId, NodeId
+from elasticd.errors import OperatorError, ProtocolError
+
+log = logging.getLogger(__name__)
+
+
+class Caller:
+    """One connection. ``kind`` is set by its hello."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.kind = ""
+        self.job_id = JobId("")
+        self.round_number = 0
+        self.rank = 0
+
+    def send(self, message: Message) -> None:
+        """Never blocks: what a caller does not read, asyncio keeps, and a caller that is gone does not matter."""
+        if not self.writer.is_closing():
+            self.writer.write(encode(message))
+
+
+class Commits(Protocol):
+    def __call__(self, caller: Caller, round_number: int, step: int, path: str) -> None: ...
+
+
+class LocalServer:
+    """``post`` takes events; ``observe`` gets every step message for the metrics; ``commit`` answers by itself."""
+
+    def __init__(
+        self,
+        node_id: NodeId,
+        post: Callable[[Event], None],
+        observe: Callable[[Caller, Message], None],
+        commit: Commits,
+    ) -> None:
+        self._node_id, self._post, self._observe, self._commit = node_id, post, observe, commit
+        self._server: asyncio.Server | None = None
+        self._callers: set[Caller] = set()
+        self._agent: Caller | None = None
+
+    async def listen(self, path: Path) -> None:
+        """OperatorError when the socket cannot be made there."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            mask = os.umask(0o177)
+            try:
+                self._server = await asyncio.start_unix_server(self._serve, str(path), limit=MAX_LINE_BYTES)
+            finally:
+                os.umask(mask)
+        except OSError as error:
+            raise OperatorError(
+                f"cannot make the socket {path}: {error.strerror or error}; set node.run_dir"
+            ) from error
+
+    def tell_agent(self, message: Message) -> bool:
+        """Whether an agent was there to be told."""
+        if self._agent is None:
+            return False
+        self._agent.send(message)
+        return True
+
+    def tell_workers(self, round_number: int, message: Message) -> None:
+        for caller in self._callers:
+            if caller.kind == "worker" and caller.round_number == round_number:
+                caller.send(message)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for caller in list(self._callers):
+            caller.writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        caller = Caller(reader, writer)
+        self._callers.add(caller)
+        try:
+            while line := await reader.readline():
+                self._receive(caller, decode(line))
+        except (ProtocolError, ValueError, KeyError, TypeError) as error:
+            log.warning("closing a local connection (%s): %s", caller.kind or "no hello", error)
+        except OSError:
+            pass
+        finally:
+            self._callers.discard(caller)
+            self._gone(caller)
+            with contextlib.suppress(OSError):
+                writer.close()
+
+    def _gone(self, caller: Caller) -> None:
+        if caller is self._agent:
+            self._agent = None
+            self._post(messages.AgentExited(job_id=caller.job_id, reason="its connection ended"))
+        elif caller.kind == "worker":
+            self._post(messages.SessionLeft(round_number=caller.round_number, rank=caller.rank))
+
+    def _receive(self, caller: Caller, message: Message) -> None:
+        match message["type"]:
+            case "agent_hello":
+                caller.kind, caller.job_id = "agent", JobId(str(message["job"]))
+                self._agent = caller
+            case "worker_hello":
+                caller.kind, caller.job_id = "worker", JobId(str(message["job"]))
+                caller.round_number, caller.rank = int(message["round"]), int(message["rank"])
+                self._post(messages.SessionJoined(round_number=caller.round_number, rank=caller.rank))
+            case _ if caller.kind == "agent":
+                self._from_agent(caller, message)
+            case _ if caller.kind == "worker":
+                self._from_worker(caller, message)
+            case other:
+                raise ProtocolError(f"{other!r} before a hello")
+
+    def _from_agent(self, caller: Caller, message: Message) -> None:
+        match message["type"]:
+            case "ready":
+                port, nproc = int(message["store_port"]), int(message["nproc"])
+                self._post(messages.AgentReady(job_id=caller.job_id, store_port=port, nproc=nproc))
+            case "round_wanted":
+                self._post(messages.RoundWanted(after=int(message["after"])))
+            case "workers_started":
+                self._post(messages.WorkersStarted(round_number=int(message["round"])))
+            case "workers_succeeded":
+                self._post(messages.WorkersSucceeded(round_number=int(message["round"])))
+            case "workers_stopped":
+                self._post(messages.WorkersStopped(round_number=int(message["round"])))
+            case "workers_failed":
+                failure = _failure(self._node_id, message["failure"])
+                self._post(messages.WorkersFailed(round_number=int(message["round"]), failure=failure))
+            case other:
+                raise ProtocolError(f"an agent does not say {other!r}")
+
+    def _from_worker(self, caller: Caller, message: Message) -> None:
+        number = int(message["round"])
+        match message["type"]:
+            case "step":
+                step, seconds = int(message["step"]), float(message["seconds"])
+                self._observe(caller, message)
+                self._post(messages.StepCompleted(round_number=number, rank=caller.rank, step=step, seconds=seconds))
+            case "boundary":
+                step = int(message["step"])
+                self._post(messages.BoundaryReached(round_number=number, rank=caller.rank, step=step))
+            case "commit":
+                self._commit(caller, number, int(message["step"]), str(message["path"]))
+            case other:
+                raise ProtocolError(f"a worker does not say {other!r}")
+
+
+def _failure(node_id: NodeId, plain: Message) -> Failure:
+    return Failure(
+        node_id=node_id,
+        rank=int(plain["rank"]),
+        local_rank=int(plain["local_rank"]),
+        exit_code=int(plain["exit_code"]),
+        message=str(plain["message"])[:4096],
+        traceback=str(plain.get("traceback", ""))[-32768:],
+    )

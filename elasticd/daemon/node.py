@@ -1,0 +1,207 @@
+"""One node's loop: events in, the machine decides, effects out. The only loop there is.
+
+Runs in the daemon's main thread (serve, run) or in a thread of torchrun's process. Not here: any decision, and how
+agents are started (the Launcher that it is given).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from elasticd.channel import Message
+from elasticd.cluster.peers import LinkSettings, PeerLinks, probe
+from elasticd.cluster.store import Compare, Store
+from elasticd.core import keys, messages
+from elasticd.core.machine import Machine, Settings
+from elasticd.core.messages import Effect, Event, Report
+from elasticd.core.model import JobId, JobSpec, Node, Round
+from elasticd.core.records import to_plain
+from elasticd.daemon.history import History
+from elasticd.daemon.local import Caller, LocalServer
+from elasticd.daemon.storekeeper import StoreKeeper
+from elasticd.errors import OperatorError
+
+log = logging.getLogger(__name__)
+
+
+class Launcher(Protocol):
+    """Starts and ends the agent of a job. torchrun brings its own agent: its launcher does nothing."""
+
+    def start_agent(self, spec: JobSpec) -> None: ...
+
+    def end_agent(self, job_id: JobId, timeout_s: float) -> None: ...
+
+
+class Observer(Protocol):
+    """Hears what happened, for the metrics. Must not raise."""
+
+    def reported(self, report: Report, machine: Machine, now: float) -> None: ...
+
+    def stepped(self, rank: int, round_number: int, message: Message) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a node is made of. ``peer_port`` 0 lets the kernel choose."""
+
+    node: Node
+    settings: Settings
+    links: LinkSettings
+    socket_path: Path
+    history_file: str = ""
+
+
+class NodeLoop:
+    """Make it inside the running event loop; ``finished`` yields the exit status."""
+
+    def __init__(self, setup: Setup, store: Store, launcher: Launcher, observer: Observer) -> None:
+        self.setup = setup
+        self._loop = asyncio.get_running_loop()
+        self.finished: asyncio.Future[int] = self._loop.create_future()
+        self._store, self.launcher, self._observer = store, launcher, observer
+        self._timer: asyncio.TimerHandle | None = None
+        self.local = LocalServer(setup.node.node_id, self.post, self._observe_step, self._commit)
+
+    async def start(self) -> None:
+        """Listens, then registers. OperatorError when it cannot."""
+        node = self.setup.node
+        self.peers = PeerLinks(node.node_id, node.boot_id, self.setup.links, self.post)
+        peer_port = await self.peers.listen(node.address, node.peer_port)
+        await self.local.listen(self.setup.socket_path)
+        node = _with_port(node, peer_port)
+        self.history = History(self.setup.history_file, node)
+        self.machine = Machine(node, self.setup.settings)
+        ttl_s = max(1, round(self.setup.settings.lease_ttl_s))
+        self.keeper = StoreKeeper(self._store, node, ttl_s, self.post_threadsafe, self._fail_threadsafe, self._is_alive)
+        self.history.write("started")
+        self.keeper.start()
+
+    async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._loop.run_in_executor(None, self.keeper.close)
+        await self.peers.close()
+        await self.local.close()
+        self.history.write("stopped")
+        self.history.close()
+
+    def post(self, event: Event) -> None:
+        """From the loop's thread: the one way in."""
+        now = time.monotonic()
+        for effect in self.machine.handle(event, now):
+            self._perform(effect, now)
+        self._schedule(now)
+
+    def post_threadsafe(self, event: Event) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.post, event)
+
+    def _schedule(self, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self.machine.wake_at is not None:
+            delay_s = max(0.0, self.machine.wake_at - now)
+            self._timer = self._loop.call_later(delay_s, self.post, messages.Ticked())
+
+    def _perform(self, effect: Effect, now: float) -> None:
+        match effect:
+            case messages.Register() | messages.PutMember() | messages.DeleteMember() | messages.ProposeRound():
+                self.keeper.write(effect)
+            case messages.Reload():
+                self.keeper.reload()
+            case messages.WatchPeers():
+                self.peers.watch(effect.peers)
+            case messages.StartAgent():
+                self.launcher.start_agent(effect.spec)
+            case messages.StartRound():
+                self._start_round(effect.round)
+            case messages.StopWorkers():
+                self.local.tell_agent({"type": "stop", "round": effect.round_number, "timeout_s": effect.timeout_s})
+            case messages.EndAgent():
+                self._end_agent(effect)
+            case messages.RequestBoundary():
+                wanted = {"type": "boundary_wanted", "round": effect.round_number}
+                self.local.tell_workers(effect.round_number, wanted)
+            case Report():
+                self._report(effect, now)
+            case messages.Exit():
+                if not self.finished.done():
+                    self.finished.set_result(effect.status)
+
+    def _start_round(self, current: Round) -> None:
+        self.local.tell_agent({"type": "round", "round": to_plain(current)})
+
+    def _end_agent(self, effect: messages.EndAgent) -> None:
+        told = self.local.tell_agent({"type": "exit", "timeout_s": effect.timeout_s})
+        self.launcher.end_agent(effect.job_id, effect.timeout_s)
+        if not told:
+            gone = messages.AgentExited(job_id=effect.job_id, reason="no agent was connected")
+            self._loop.call_soon(self.post, gone)
+
+    def _report(self, report: Report, now: float) -> None:
+        details = dict(report.details)
+        self.history.write(report.event, **details)
+        brief = {name: _brief(value) for name, value in details.items()}
+        log.info("%s %s", report.event, " ".join(f"{name}={value}" for name, value in brief.items()))
+        self._observer.reported(report, self.machine, now)
+
+    def _observe_step(self, caller: Caller, message: Message) -> None:
+        self.history.write(
+            "step",
+            job=caller.job_id,
+            round=caller.round_number,
+            rank=caller.rank,
+            step=message["step"],
+            metrics=message.get("metrics", {}),
+        )
+        self._observer.stepped(caller.rank, caller.round_number, message)
+
+    def _commit(self, caller: Caller, round_number: int, step: int, path: str) -> None:
+        """The record of a checkpoint, under the fence of the round that wrote it."""
+
+        def answer(done: bool, reason: str) -> None:  # noqa: FBT001
+            self._loop.call_soon_threadsafe(self._committed, caller, round_number, step, done, reason)
+
+        held = self.machine.view.job(caller.job_id).round
+        task = self.machine.task
+        if task is None or task.started_round != round_number or (held and held.value.number != round_number):
+            answer(False, f"round {round_number} is over")
+            return
+        guard = Compare(key=keys.round_(caller.job_id), mod_revision=held.mod_revision if held else 0)
+        value = json.dumps({"step": step, "path": path, "round": round_number}, sort_keys=True)
+        self.keeper.commit(keys.checkpoint(caller.job_id), value, guard, answer)
+
+    def _committed(self, caller: Caller, round_number: int, step: int, done: bool, reason: str) -> None:  # noqa: FBT001
+        self.history.write("commit", job=caller.job_id, round=round_number, step=step, committed=done)
+        caller.send({"type": "commit_result", "step": step, "committed": done, "reason": reason})
+
+    def _is_alive(self, other: Node) -> bool:
+        """Called from the store's thread: whether the daemon of an earlier registration still answers."""
+        links = self.setup.links
+        answer = probe(other.address, other.peer_port, links.dead_after_s, links.client_tls)
+        return answer == other.boot_id
+
+    def _fail_threadsafe(self, error: OperatorError) -> None:
+        def fail() -> None:
+            if not self.finished.done():
+                self.finished.set_exception(error)
+
+        self._loop.call_soon_threadsafe(fail)
+
+
+def _with_port(node: Node, peer_port: int) -> Node:
+    return replace(node, peer_port=peer_port)
+
+
+def _brief(value: object) -> object:
+    if isinstance(value, Round):
+        seats = ",".join(f"{seat.node_id}:{seat.first_rank}+{seat.nproc}" for seat in value.seats)
+        return f"{value.number}({value.phase.value}, {value.cause.value}, world {value.world_size}: {seats})"
+    return value
