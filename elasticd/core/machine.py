@@ -68,6 +68,7 @@ class Machine:
         self.task: Task | None = None
         self.links: dict[NodeId, Link] = {}
         self.store_up_since: float | None = None
+        self.store_back_at = float("-inf")
         self.leaving_since: float | None = None
         self.ended: Round | None = None
         self.wake_at: float | None = None
@@ -104,7 +105,7 @@ class Machine:
                     yield Report(event="store_lost")
                 self.store_up_since, self.view.loaded = None, False
             case messages.StoreBack():
-                self.store_up_since = now
+                self.store_up_since = self.store_back_at = now
                 yield Report(event="store_back")
             case messages.LeaseLost():
                 yield Report(event="lease_lost")
@@ -400,9 +401,9 @@ class Machine:
     def _evidence(self, now: float) -> Evidence:
         store_up_s = 0.0 if self.store_up_since is None else now - self.store_up_since
         links = self.links
-        if store_up_s < RECONNECT_GRACE_S:
+        if now < self.store_back_at + RECONNECT_GRACE_S:
             links = {n: x for n, x in links.items() if x.down is not Down.SILENT}
-            self._wake(now + RECONNECT_GRACE_S - store_up_s)
+            self._wake(self.store_back_at + RECONNECT_GRACE_S)
         return Evidence(me=self.node.node_id, links=links, store_up_s=store_up_s, lease_ttl_s=self.settings.lease_ttl_s)
 
     def _seniority(self, situation: Situation) -> int | None:
@@ -411,7 +412,7 @@ class Machine:
         Who has lost more than half of the others at once is more likely the one that is cut off: he steps back.
         """
         me = self.node.node_id
-        gone = situation.lost | situation.rebooted
+        gone = (situation.lost | situation.rebooted) - {me}
         ages = sorted((m.create_revision, n) for n, m in situation.members.items() if n not in gone)
         place = next(i for i, (_, node) in enumerate(ages) if node == me)
         seats = {s.node_id for s in situation.round.seats} if situation.round else set()

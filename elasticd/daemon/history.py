@@ -5,6 +5,7 @@ One write(2) a line, so that a killed daemon loses at most its last line. Not he
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -39,10 +40,8 @@ class History:
             "event": event,
             **{name: to_plain(value) for name, value in details.items()},
         }
-        try:
+        with contextlib.suppress(OSError):  # a full disk must not stop a step (invariant 8)
             os.write(self._file, json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        except OSError:
-            pass  # a full disk must not stop a step (invariant 8)
 
     def close(self) -> None:
         if self._file >= 0:

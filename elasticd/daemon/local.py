@@ -60,8 +60,7 @@ class LocalServer:
     async def listen(self, path: Path) -> None:
         """OperatorError when the socket cannot be made there."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
+            _make_room(path)
             mask = os.umask(0o177)
             try:
                 self._server = await asyncio.start_unix_server(self._serve, str(path), limit=MAX_LINE_BYTES)
@@ -162,6 +161,11 @@ class LocalServer:
                 self._commit(caller, number, int(message["step"]), str(message["path"]))
             case other:
                 raise ProtocolError(f"a worker does not say {other!r}")
+
+
+def _make_room(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _failure(node_id: NodeId, plain: Message) -> Failure:
