@@ -38,7 +38,7 @@ class LinkSettings:
     client_tls: ssl.SSLContext | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Connection:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
