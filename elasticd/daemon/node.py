@@ -66,6 +66,7 @@ class NodeLoop:
         self.finished: asyncio.Future[int] = self._loop.create_future()
         self._store, self.launcher, self._observer = store, launcher, observer
         self._timer: asyncio.TimerHandle | None = None
+        self._closing = False
         self.local = LocalServer(setup.node.node_id, self.post, self._observe_step, self._commit)
 
     async def start(self) -> None:
@@ -83,6 +84,7 @@ class NodeLoop:
         self.keeper.start()
 
     async def close(self) -> None:
+        self._closing = True
         if self._timer is not None:
             self._timer.cancel()
         await self._loop.run_in_executor(None, self.keeper.close)
@@ -93,6 +95,8 @@ class NodeLoop:
 
     def post(self, event: Event) -> None:
         """From the loop's thread: the one way in."""
+        if self._closing:
+            return
         now = time.monotonic()
         for effect in self.machine.handle(event, now):
             self._perform(effect, now)

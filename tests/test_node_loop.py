@@ -1,0 +1,201 @@
+"""Whole node loops on a real etcd and real links, with agents that only speak the channel's protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from elasticd.channel import Message, decode, encode
+from elasticd.cluster.embedded import EmbeddedEtcd
+from elasticd.cluster.etcd import EtcdStore
+from elasticd.cluster.peers import LinkSettings
+from elasticd.core.machine import Machine, Settings
+from elasticd.core.messages import Report, ShutdownRequested
+from elasticd.core.model import BootId, Capacity, JobId, JobSpec, Node, NodeId
+from elasticd.daemon.node import NodeLoop, Setup
+from elasticd.errors import DuplicateNode
+
+
+class Silent:
+    """An observer without metrics."""
+
+    def reported(self, report: Report, machine: Machine, now: float) -> None: ...
+
+    def stepped(self, rank: int, round_number: int, message: Message) -> None: ...
+
+
+class Agent:
+    """Connects as an agent would; remembers the rounds that it was told to start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rounds, self.ports = path, [], iter(range(40000, 50000))
+        self.task: asyncio.Task[None] | None = None
+        self.writer: asyncio.StreamWriter | None = None
+
+    def start_agent(self, spec: JobSpec) -> None:
+        self.task = asyncio.create_task(self._run(spec.job_id))
+
+    def end_agent(self, job_id: JobId, timeout_s: float) -> None:
+        pass
+
+    def say(self, message: Message) -> None:
+        assert self.writer is not None
+        self.writer.write(encode(message))
+
+    async def _run(self, job_id: JobId) -> None:
+        reader, self.writer = await asyncio.open_unix_connection(str(self.path))
+        self.say({"type": "agent_hello", "job": job_id, "pid": 1})
+        self.say({"type": "ready", "store_port": next(self.ports), "nproc": 1})
+        while line := await reader.readline():
+            message = decode(line)
+            if message["type"] == "round":
+                self.rounds.append((time.monotonic(), message["round"]))
+                self.say({"type": "workers_started", "round": message["round"]["number"], "pids": []})
+                self.say({"type": "ready", "store_port": next(self.ports), "nproc": 1})
+            elif message["type"] == "exit":
+                self.writer.close()
+                return
+
+
+class Host:
+    """A node loop and its agent."""
+
+    def __init__(self, name: str, boot: str, endpoint: str, folder: Path, spec: JobSpec | None) -> None:
+        node = Node(
+            node_id=NodeId(name),
+            boot_id=BootId(boot),
+            host=name,
+            address="127.0.0.1",
+            peer_port=0,
+            metrics_port=0,
+            capacity=Capacity(cpu_count=1, memory_bytes=1),
+        )
+        self.setup = Setup(
+            node=node,
+            settings=Settings(fixed_job=spec, lease_ttl_s=2),
+            links=LinkSettings(heartbeat_s=0.05, dead_after_s=0.4),
+            socket_path=folder / f"{boot}.sock",
+            history_file=str(folder / f"{boot}.jsonl"),
+        )
+        self.agent = Agent(self.setup.socket_path)
+        self.loop = NodeLoop(self.setup, EtcdStore([endpoint]), self.agent, Silent())
+
+    def seats(self) -> list[str]:
+        return [s["node_id"] for s in self.agent.rounds[-1][1]["seats"]] if self.agent.rounds else []
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+SPEC = JobSpec(job_id=JobId("job"), min_nodes=1, max_nodes=3, command=("x",))
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    with EmbeddedEtcd(tmp_path_factory.mktemp("etcd")) as etcd:
+        yield etcd.endpoint
+
+
+@contextlib.asynccontextmanager
+async def hosts(endpoint: str, folder: Path, names: str, spec: JobSpec) -> AsyncIterator[list[Host]]:
+    made = [Host(name, f"{name}-{time.monotonic()}", endpoint, folder, spec) for name in names]
+    try:
+        for host in made:
+            await host.loop.start()
+        yield made
+    finally:
+        for host in made:
+            await host.loop.close()
+
+
+def job(name: str) -> JobSpec:
+    return JobSpec(job_id=JobId(name), min_nodes=1, max_nodes=3, command=("x",))
+
+
+def test_three_nodes_meet_and_outlive_one(endpoint: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with hosts(endpoint, tmp_path, "abc", job("meet")) as (a, b, c):
+            await eventually(lambda: all(sorted(h.seats()) == ["a", "b", "c"] for h in (a, b, c)))
+            first = a.agent.rounds[-1][1]
+            await b.loop.close()
+            died_at = time.monotonic()
+            await eventually(lambda: all(sorted(h.seats()) == ["a", "c"] for h in (a, c)))
+            assert a.agent.rounds[-1][0] - died_at < 1.0
+            second = a.agent.rounds[-1][1]
+            assert (second["store_address"], second["store_port"]) != (first["store_address"], first["store_port"])
+
+    asyncio.run(scenario())
+
+
+def test_a_job_succeeds_and_its_nodes_exit(endpoint: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with hosts(endpoint, tmp_path, "de", job("well")) as (d, e):
+            await eventually(lambda: all(sorted(h.seats()) == ["d", "e"] for h in (d, e)))
+            for host in (d, e):
+                host.agent.say({"type": "workers_succeeded", "round": host.agent.rounds[-1][1]["number"]})
+            assert [await asyncio.wait_for(h.loop.finished, 5) for h in (d, e)] == [0, 0]
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_job_shows_its_first_error_everywhere(endpoint: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with hosts(endpoint, tmp_path, "fg", job("ill")) as (f, g):
+            await eventually(lambda: all(sorted(h.seats()) == ["f", "g"] for h in (f, g)))
+            failure = {"rank": 0, "local_rank": 0, "exit_code": 1, "message": "ValueError: no", "traceback": "..."}
+            number = f.agent.rounds[-1][1]["number"]
+            f.agent.say({"type": "workers_failed", "round": number, "failure": failure})
+            assert [await asyncio.wait_for(h.loop.finished, 5) for h in (f, g)] == [1, 1]
+            for host in (f, g):
+                ended = host.loop.machine.ended
+                assert ended is not None
+                assert ended.failure is not None
+                assert ended.failure.message == "ValueError: no"
+
+    asyncio.run(scenario())
+
+
+def test_a_second_daemon_of_the_same_id_is_refused(endpoint: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with hosts(endpoint, tmp_path, "h", job("twice")) as (first,):
+            await eventually(lambda: first.seats() == ["h"])
+            async with hosts(endpoint, tmp_path, "h", job("twice")) as (second,):
+                with pytest.raises(DuplicateNode, match="node id 'h' is held by a live daemon"):
+                    await asyncio.wait_for(second.loop.finished, 5)
+            assert first.seats() == ["h"]
+
+    asyncio.run(scenario())
+
+
+def test_an_orderly_shutdown_leaves_the_job(endpoint: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with hosts(endpoint, tmp_path, "ij", job("leave")) as (i, j):
+            await eventually(lambda: all(sorted(h.seats()) == ["i", "j"] for h in (i, j)))
+            i.loop.post(ShutdownRequested())
+            await eventually(lambda: j.seats() == ["j"])
+            await asyncio.wait_for(i.loop.finished, 5)
+
+    asyncio.run(scenario())
+
+
+def test_a_malformed_message_closes_only_its_connection(endpoint: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with hosts(endpoint, tmp_path, "k", job("noise")) as (k,):
+            await eventually(lambda: k.seats() == ["k"])
+            for noise in (b"nonsense\n", b'{"type":"ready"}\n', b'{"type":"worker_hello"}\n', b"x" * 300_000):
+                reader, writer = await asyncio.open_unix_connection(str(k.setup.socket_path))
+                writer.write(noise)
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+            assert oct(k.setup.socket_path.stat().st_mode & 0o777) == "0o600"
+            assert not k.loop.finished.done()
+
+    asyncio.run(scenario())
