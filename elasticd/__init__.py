@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elasticd.worker.session import Session
+    from elasticd.worker.session import Session  # type: ignore[import-not-found, unused-ignore]
 
 __version__ = "0.1.0"
 __all__ = ["Session", "__version__"]
