@@ -10,7 +10,7 @@ class ElasticdError(Exception):
     """The root: whatever elasticd raises on purpose."""
 
 
-# --- The operator acts: shown as one line, exit status 2, never a traceback -----------------------------------------
+# --- The operator acts: shown as one line, exit status 2, never a traceback ---
 
 
 class OperatorError(ElasticdError):
@@ -33,7 +33,7 @@ class JobRefused(OperatorError):
     """The job cannot be taken as asked for (its id is taken, its limits differ, its versions differ)."""
 
 
-# --- Time mends it: retry with back-off ------------------------------------------------------------------------------
+# --- Time mends it: retry with back-off ---
 
 
 class StoreUnavailable(ElasticdError):
@@ -48,7 +48,7 @@ class ChannelClosed(ElasticdError):
     """The other end of a local socket went away."""
 
 
-# --- This process must stop what it does -------------------------------------------------------------------------------
+# --- This process must stop what it does ---
 
 
 class LeaseLost(ElasticdError):
@@ -59,21 +59,21 @@ class Fenced(ElasticdError):
     """A newer round stands without this node: whatever it was doing no longer counts."""
 
 
-# --- The job's budget decides --------------------------------------------------------------------------------------------
+# --- The job's budget decides ---
 
 
 class WorkerFailed(ElasticdError):
     """A worker process ended with an error."""
 
 
-# --- An older one is taken -----------------------------------------------------------------------------------------------
+# --- An older one is taken ---
 
 
 class CheckpointInvalid(ElasticdError):
     """A checkpoint is incomplete or does not verify; the text says why."""
 
 
-# --- A bug, here or in a peer of another version ---------------------------------------------------------------------------
+# --- A bug, here or in a peer of another version ---
 
 
 class ProtocolError(ElasticdError):

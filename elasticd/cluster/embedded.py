@@ -243,7 +243,7 @@ class EtcdProcess:
             self._process = None
 
 
-class PortInUse(OperatorError):  # noqa: N818 - named like its kin in errors.py
+class PortInUse(OperatorError):
     """Another process listens where this etcd should."""
 
 

@@ -30,7 +30,7 @@ _DELETE = 1
 _ENDED = object()
 
 
-class _Moved(Exception):  # noqa: N818 - not an error: the watch goes on elsewhere
+class _Moved(Exception):
     """This stream is over; the text says why."""
 
 

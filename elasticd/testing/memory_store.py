@@ -1,4 +1,6 @@
-"""The store in this process's memory, with etcd's semantics: for tests and simulations. One contract suite runs on both.
+"""The store in this process's memory, with etcd's semantics, for tests and simulations.
+
+The contract suite (tests/test_store_contract.py) runs on it and on a real etcd.
 
 Beyond the Protocol: ``fail``/``heal`` make an outage, ``lose_next_answer`` a write that happens although its caller is
 told that nobody answered, ``compact`` drops history, and leases run on a clock that the test may turn by hand.
@@ -10,9 +12,10 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, islice
 
 from elasticd.cluster.store import Change, Changes, Compare, KeyValue, Operation, Put, Snapshot, TxnResult
 from elasticd.errors import Compacted, LeaseLost, StoreUnavailable
@@ -209,16 +212,18 @@ class MemoryStore:
             self._commit(dict.fromkeys(sorted(held.keys)))
 
     def _next_changes(self, watch: MemoryWatch) -> Changes | None:
+        """The next that the watch has not seen; moves its revision on."""
         if self._failed:
             return None
         if watch.revision + 1 < self._compacted:
             raise Compacted(f"revision {watch.revision + 1} was compacted away at {self._compacted}")
         self._expire()
-        for changes in self._history:
-            if changes.revision > watch.revision:
-                seen = tuple(change for change in changes.changes if change.key.startswith(watch.prefix))
-                if seen:
-                    return replace(changes, changes=seen)
+        start = bisect_right(self._history, watch.revision, key=lambda changes: changes.revision)
+        for changes in islice(self._history, start, None):
+            seen = tuple(change for change in changes.changes if change.key.startswith(watch.prefix))
+            watch.revision = changes.revision
+            if seen:
+                return replace(changes, changes=seen)
         return None
 
 
@@ -261,10 +266,7 @@ class MemoryWatch:
             return None
 
     def _take(self) -> Changes | None:
-        changes = self._store._next_changes(self)  # noqa: SLF001
-        if changes is not None:
-            self.revision = changes.revision
-        return changes
+        return self._store._next_changes(self)  # noqa: SLF001
 
     def close(self) -> None:
         with self._store._changed:  # noqa: SLF001
