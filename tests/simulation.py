@@ -326,9 +326,9 @@ class Sim:
                 self.at(self.now + 0.0013, lambda node=node: self._deliver(node, entries, revision))
 
     def _deliver(self, node: SimNode, entries: tuple[Entry, ...], revision: int) -> None:
-        if node.alive and not node.cut and self.store.up and not node.store_down:
-            if revision > node.machine.view.revision:
-                node.post(messages.KeysChanged(entries=entries, revision=revision))
+        hears = node.alive and not node.cut and self.store.up and not node.store_down
+        if hears and revision > node.machine.view.revision:
+            node.post(messages.KeysChanged(entries=entries, revision=revision))
 
     # links
     def relink(self) -> None:
