@@ -168,6 +168,10 @@ class EtcdProcess:
         assert self._process is not None, "not started"
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         assert self._process is None, "already started"
         self.spec.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -89,6 +89,17 @@ class EtcdCluster:
         for member in self._members:
             member.wait_ready()
 
+    def heal(self) -> None:
+        """Whatever was done to them: all members run and serve."""
+        for member in self._members:
+            if member.running:
+                member.signal(signal.SIGCONT)
+            else:
+                member.kill()  # forgets one that ended by itself
+                member.start()
+        for member in self._members:
+            member.wait_ready()
+
     def leader(self, timeout_s: float = 10.0) -> int:
         """The index of the leader, once there is one."""
         deadline_s = time.monotonic() + timeout_s
