@@ -10,17 +10,19 @@ Not here: what the next round is (rendezvous.py), who is alive (membership.py), 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from elasticd.core import keys, messages
 from elasticd.core.deadline import StepDeadline
-from elasticd.core.membership import Evidence, Link, Verdict, neighbours
+from elasticd.core.membership import Evidence, Link
 from elasticd.core.messages import Down, Effect, Event, Guard, PeerAddress, Report, Write
-from elasticd.core.model import Failure, JobId, JobSpec, Member, MemberState, Node, NodeId, Phase, Round
+from elasticd.core.model import Failure, JobId, JobSpec, Node, NodeId, Phase, Round
 from elasticd.core.proposer import Proposer
-from elasticd.core.rendezvous import NothingToChange, Situation
+from elasticd.core.rendezvous import NothingToChange
 from elasticd.core.scheduling import choose_job
+from elasticd.core.situation import Knowledge, assess, peers_wanted, seniority
 from elasticd.core.stages import Stage, Trigger, advance
+from elasticd.core.task import Task
 from elasticd.core.view import Job, Keyed, View
 
 #: A silence that began while the store was away too may be our own: wait this long for links to come back.
@@ -36,25 +38,6 @@ class Settings:
     fixed_job: JobSpec | None = None
     shutdown_grace_s: float = 10.0
     step_floor_s: float = 60.0
-
-
-@dataclass(slots=True)
-class Task:
-    """This node's part in its job."""
-
-    spec: JobSpec
-    nproc: int = 0
-    store_port: int = 0
-    started_round: int = 0
-    last_round: Round | None = None
-    failure: Failure | None = None
-    finished: set[NodeId] = field(default_factory=set)
-    sessions: dict[int, int | None] = field(default_factory=dict)  # rank -> step where it is parked
-    boundary_asked: tuple[int, float] | None = None  # (round, when)
-    deadline: StepDeadline = field(default_factory=StepDeadline)
-
-    def parked(self) -> bool:
-        return bool(self.sessions) and all(step is not None for step in self.sessions.values())
 
 
 class Machine:
@@ -215,11 +198,11 @@ class Machine:
             yield from self._follow_round(self.task)
         if self.task is not None:
             yield from self._watch_steps(self.task, now)
+        yield from self._watch_peers()
         yield from self._register()
         if self.task is not None:
             yield from self._publish(self.task)
             yield from self._propose(self.task, now)
-        yield from self._watch_peers()
         yield from self._finish(now)
 
     def _choose_job(self) -> Iterator[Effect]:
@@ -260,34 +243,23 @@ class Machine:
             yield from self._end(task, Trigger.JOB_OVER)
         elif current.number > task.started_round:
             yield from self._enter_round(task, current)
-        task.last_round = current
-        self._remember_finished(task, current)
+        task.remember(current, self.view.job(task.spec.job_id))
 
     def _enter_round(self, task: Task, current: Round) -> Iterator[Effect]:
         seat = current.seat_of(self.node.node_id)
         if seat is not None and seat.boot_id == self.node.boot_id and self.stage is not Stage.PREPARING:
-            self._new_round(task, current.number)
+            task.enter(current.number)
             self._advance(Trigger.ADMITTED)
             yield Report(event="round_seen", details=(("job", task.spec.job_id), ("round", current)))
             yield messages.StartRound(job_id=task.spec.job_id, round=current)
         elif self.stage in (Stage.RUNNING, Stage.BROKEN, Stage.FINISHED):
-            self._new_round(task, current.number)
+            task.enter(current.number)
             self._advance(Trigger.FENCED)
             yield Report(event="round_seen", details=(("job", task.spec.job_id), ("round", current)))
             yield self._report_round("fenced", current.number)
             yield messages.StopWorkers(
                 job_id=task.spec.job_id, round_number=current.number, timeout_s=task.spec.stop_timeout_s
             )
-
-    def _new_round(self, task: Task, number: int) -> None:
-        task.started_round, task.failure, task.boundary_asked = number, None, None
-        task.sessions, task.finished = {}, set()
-        task.deadline.reset()
-
-    def _remember_finished(self, task: Task, current: Round) -> None:
-        for node_id, member in self.view.job(task.spec.job_id).members.items():
-            if member.value.state is MemberState.SUCCEEDED and member.value.round_number == current.number:
-                task.finished.add(node_id)
 
     def _watch_steps(self, task: Task, now: float) -> Iterator[Effect]:
         if self.stage is not Stage.RUNNING or task.parked() or task.boundary_asked is not None:
@@ -313,33 +285,11 @@ class Machine:
         mine, job_id = self._mine(), task.spec.job_id
         if mine is None or self.stage is Stage.ENDING or not self._may_write(Write.MEMBER):
             return
-        wanted = self._member(task)
+        wanted = task.member(self.node, self.stage, leaving=self.leaving_since is not None)
         held = self.view.job(job_id).members.get(self.node.node_id)
         if held is None or held.value != wanted:
             self._in_flight.add(Write.MEMBER)
             yield messages.PutMember(job_id=job_id, member=wanted, node_create_revision=mine.create_revision)
-
-    def _member(self, task: Task) -> Member:
-        states = {
-            Stage.PREPARING: MemberState.PREPARING,
-            Stage.BROKEN: MemberState.FAILED,
-            Stage.FINISHED: MemberState.SUCCEEDED,
-        }
-        state = states.get(self.stage, MemberState.READY)
-        if self.leaving_since is not None and state in (MemberState.READY, MemberState.PREPARING):
-            state = MemberState.LEAVING
-        about_round = state in (MemberState.FAILED, MemberState.SUCCEEDED)
-        return Member(
-            node_id=self.node.node_id,
-            boot_id=self.node.boot_id,
-            address=self.node.address,
-            nproc=task.nproc,
-            topology=self.node.topology,
-            state=state,
-            round_number=task.started_round if about_round else 0,
-            store_port=task.store_port,
-            failure=task.failure if state is MemberState.FAILED else None,
-        )
 
     def _propose(self, task: Task, now: float) -> Iterator[Effect]:
         mine, job_id = self._mine(), task.spec.job_id
@@ -348,8 +298,9 @@ class Machine:
             return
         if not self._may_write(Write.ROUND) or Write.MEMBER in self._in_flight:
             return
-        situation = self._situation(task, job, now)
-        due = self._proposer.consider(situation, self._seniority(situation), self._asked(task), now)
+        situation = assess(self._knowledge(now), job, task, parked=task.parked() and self.stage is Stage.RUNNING)
+        boundary_at = task.boundary_at() if self.stage is Stage.RUNNING else 0.0
+        due = self._proposer.consider(situation, seniority(situation, self.node.node_id, self.links), boundary_at, now)
         if due.ask_boundary and task.boundary_asked is None:
             task.boundary_asked = (task.started_round, now)
             yield messages.RequestBoundary(round_number=task.started_round)
@@ -362,64 +313,18 @@ class Machine:
             # The store came back empty: the world that stands is written again as it was.
             yield from self._write_round(task, job, mine, task.last_round, frozenset(), 0.0)
 
-    def _asked(self, task: Task) -> float | None:
-        """When the proposer may go on with a planned change: None when it must first ask for a boundary."""
-        if self.stage is not Stage.RUNNING or not task.sessions or task.parked():
-            return 0.0
-        if task.boundary_asked is None:
-            return None
-        return task.boundary_asked[1] + task.spec.boundary_timeout_s
-
-    def _situation(self, task: Task, job: Job, now: float) -> Situation:
-        evidence = self._evidence(now)
-        current = job.round.value if job.round else task.last_round
-        verdicts = {
-            seat.node_id: evidence.judge_seat(seat, job.members.get(seat.node_id))
-            for seat in (current.seats if current else ())
-        }
-        dead = {node for node, link in self.links.items() if link.down is not None}
-        members = {
-            node: member
-            for node, member in job.members.items()
-            if node in verdicts or node not in dead or self.links[node].boot_id != member.value.boot_id
-        }
-        linked = {peer.node_id for peer in self._peers_wanted()}
-        return Situation(
-            spec=task.spec,
-            round=current,
-            members=members,
-            reachable=frozenset(n for n, m in members.items() if evidence.reaches(m.value, linked=n in linked)),
-            lost=_judged(verdicts, Verdict.LOST),
-            rebooted=_judged(verdicts, Verdict.REBOOTED),
-            unsettled=_judged(verdicts, Verdict.REGISTERING) | _judged(verdicts, Verdict.UNCLEAR),
-            drained=frozenset(self.view.drains),
-            finished=frozenset(task.finished),
-            cancelled=job.cancelled,
-            parked=task.parked() and self.stage is Stage.RUNNING,
-        )
-
-    def _evidence(self, now: float) -> Evidence:
-        store_up_s = 0.0 if self.store_up_since is None else now - self.store_up_since
+    def _knowledge(self, now: float) -> Knowledge:
+        """What may count as evidence now: silence that began in an outage of the store may be our own."""
         links = self.links
         if now < self.store_back_at + RECONNECT_GRACE_S:
-            links = {n: x for n, x in links.items() if x.down is not Down.SILENT}
+            links = {n: link for n, link in links.items() if link.down is not Down.SILENT}
             self._wake(self.store_back_at + RECONNECT_GRACE_S)
-        return Evidence(me=self.node.node_id, links=links, store_up_s=store_up_s, lease_ttl_s=self.settings.lease_ttl_s)
-
-    def _seniority(self, situation: Situation) -> int | None:
-        """My place among the live members, the oldest first. None: not mine to propose.
-
-        Who has lost more than half of the others at once is more likely the one that is cut off: he steps back.
-        """
-        me = self.node.node_id
-        gone = (situation.lost | situation.rebooted) - {me}
-        ages = sorted((m.create_revision, n) for n, m in situation.members.items() if n not in gone)
-        place = next(i for i, (_, node) in enumerate(ages) if node == me)
-        seats = {s.node_id for s in situation.round.seats} if situation.round else set()
-        if seats and me not in seats and seats - gone:
-            place += len(seats)
-        silent = {n for n in gone if n in self.links and self.links[n].down is Down.SILENT}
-        return place + 3 if 2 * len(silent) > len(seats - {me}) and len(seats) > 2 else place
+        store_up_s = 0.0 if self.store_up_since is None else now - self.store_up_since
+        evidence = Evidence(
+            me=self.node.node_id, links=links, store_up_s=store_up_s, lease_ttl_s=self.settings.lease_ttl_s
+        )
+        linked = frozenset(peer.node_id for peer in self._watched)
+        return Knowledge(evidence=evidence, links=self.links, linked=linked, drained=frozenset(self.view.drains))
 
     def _write_round(
         self, task: Task, job: Job, mine: Keyed[Node], wanted: Round, evict: frozenset[NodeId], waited_s: float
@@ -450,26 +355,10 @@ class Machine:
     def _watch_peers(self) -> Iterator[Effect]:
         if not self.view.loaded or self.store_up_since is None:
             return  # while the store is away, what is missing from the view proves nothing
-        wanted = self._peers_wanted()
+        wanted = peers_wanted(self.node.node_id, self.view, self.task, self._watched)
         if wanted != self._watched:
             self._watched = wanted
             yield messages.WatchPeers(peers=wanted)
-
-    def _peers_wanted(self) -> frozenset[PeerAddress]:
-        """Links to the neighbours among the members of my job; a link that a seat still needs outlives its key."""
-        if self.task is None:
-            return frozenset()
-        job = self.view.job(self.task.spec.job_id)
-        known = {n: self.view.nodes[n].value for n in job.members if n in self.view.nodes}
-        near = neighbours(self.node.node_id, frozenset(known))
-        wanted = {
-            PeerAddress(node_id=n.node_id, boot_id=n.boot_id, address=n.address, port=n.peer_port)
-            for n in known.values()
-            if n.node_id in near
-        }
-        seats = {s.node_id: s.boot_id for s in job.round.value.seats} if job.round else {}
-        kept = {p for p in self._watched if seats.get(p.node_id) == p.boot_id and p.node_id not in known}
-        return frozenset(wanted | kept)
 
     def _finish(self, now: float) -> Iterator[Effect]:
         """The end of the process: a run's job is over, or a shutdown has got as far as it can."""
@@ -515,10 +404,6 @@ class Machine:
 
     def _wake(self, at: float) -> None:
         self.wake_at = at if self.wake_at is None else min(self.wake_at, at)
-
-
-def _judged(verdicts: dict[NodeId, Verdict], wanted: Verdict) -> frozenset[NodeId]:
-    return frozenset(node for node, verdict in verdicts.items() if verdict is wanted)
 
 
 def _foreign_failure(node_id: NodeId) -> Failure:
