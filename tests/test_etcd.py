@@ -24,7 +24,7 @@ from elasticd.cluster.etcd import EtcdStore, EtcdTls
 from elasticd.cluster.etcd_link import EtcdLink, rpc_of
 from elasticd.cluster.etcd_messages import message
 from elasticd.cluster.store import Changes, Compare, Put
-from elasticd.errors import Compacted, ConfigError, OperatorError, StoreRefused, StoreUnavailable
+from elasticd.errors import Compacted, ConfigError, ElasticdError, OperatorError, StoreRefused, StoreUnavailable
 from elasticd.testing.etcd_cluster import EtcdCluster
 
 PREFIX = "/elasticd/test/"
@@ -67,7 +67,7 @@ class Follower:
                 self.signs += 1
                 if changes.changes:
                     self.seen.append(changes)
-        except Exception as error:
+        except ElasticdError as error:
             self.error = error
 
     @property
@@ -158,10 +158,9 @@ def test_txn_is_not_repeated_after_a_deadline(cluster: EtcdCluster, store: EtcdS
     store._link.current.answered_at = time.monotonic()
     with pytest.raises(StoreUnavailable):
         store.txn([Compare(key=key, create_revision=0)], [Put(key=key, value="1")])
-    cluster.resume(member)
-    # It did happen, late: to repeat it would have been wrong.
-    until(lambda: store.get(key))
+    # The member that hangs may still do it; had it been repeated on another one, the key would be there now.
     assert cluster.index_of(store.current_endpoint) != member
+    assert store.get(key) is None
 
 
 def test_txn_goes_through_when_its_member_was_killed_before(cluster: EtcdCluster, store: EtcdStore, key: str) -> None:
@@ -307,7 +306,7 @@ def guarded(tmp_path: Path) -> Iterator[EmbeddedEtcd]:
         link = EtcdLink([etcd.endpoint], call_timeout_s=2.0, tls=None, credentials=None)
 
         def auth(method: str, **fields: Any) -> None:
-            rpc = rpc_of("Auth", method, f"Auth{method}")
+            rpc = rpc_of("Auth", method, f"Auth{method.removeprefix('Auth')}")
             link.call(rpc, rpc.request(**fields))
 
         auth("UserAdd", name="root", password="r00t")
@@ -361,11 +360,11 @@ def test_a_token_that_etcd_forgot_is_renewed(guarded: EmbeddedEtcd) -> None:
     guarded.restart()  # simple tokens live in memory
     patiently(lambda: store.put(PREFIX, "2"))
     until(lambda: follower.values == ["2"])
-    store._link._token = "stale.1"  # noqa: S105
+    store._link._token = "stale.1"
     store.put(PREFIX, "3")
     assert store.txn([], [Put(key=PREFIX, value="4")]).succeeded
     until(lambda: follower.values == ["2", "3", "4"])
-    store._link._token = "stale.2"  # noqa: S105
+    store._link._token = "stale.2"
     fresh = Follower(store, PREFIX, 0)
     until(lambda: fresh.values[-1:] == ["4"])
     for each in (follower, fresh):
@@ -453,13 +452,12 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 import elasticd.cluster.etcd_messages as ours
 kv = descriptor_pb2.FileDescriptorProto()
 kv.ParseFromString(ours._serialized_descriptor(ours._definitions_folder() / "kv_pb2.py"))
-kv.name = "mvccpb/kv.proto"  # another client's copy, under another file name
-descriptor_pool.Default().Add(kv) if hasattr(descriptor_pool.Default(), "Add") else None
+kv.name = "mvccpb/kv.proto"  # another client's copy: the same messages out of a file of another name
 descriptor_pool.Default().AddSerializedFile(kv.SerializeToString())
 request = ours.message("etcdserverpb.PutRequest")(key=b"k", value=b"v", lease=7)
 again = ours.message("etcdserverpb.PutRequest").FromString(request.SerializeToString())
 assert (again.key, again.value, again.lease) == (b"k", b"v", 7)
-assert ours.message("mvccpb.KeyValue").DESCRIPTOR.pool is not descriptor_pool.Default()
+assert ours.message("mvccpb.KeyValue").DESCRIPTOR.file.pool is not descriptor_pool.Default()
 assert "etcd3" not in sys.modules
 import google.protobuf
 print(google.protobuf.__version__)

@@ -17,9 +17,8 @@ from random import randrange
 from typing import Any
 from urllib.parse import urlsplit
 
-import grpc
-
 from elasticd.cluster.etcd_messages import message
+from elasticd.cluster.quiet_grpc import grpc
 from elasticd.errors import ConfigError, LeaseLost, StoreRefused, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -112,7 +111,7 @@ _REFUSING = frozenset(
         grpc.StatusCode.UNIMPLEMENTED,
     }
 )
-_TLS_SIGNS = ("certificate", "ssl", "tls")
+_TLS_SIGNS = ("certificate", "ssl", "tls", "tsi_")
 
 
 def judge(error: Any) -> Verdict:

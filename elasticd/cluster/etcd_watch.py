@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import grpc
-
 from elasticd.cluster.etcd_link import RANGE, WATCH, EtcdLink, Member, Verdict, judge, one_line
 from elasticd.cluster.etcd_messages import message
+from elasticd.cluster.quiet_grpc import grpc
 from elasticd.cluster.store import Change, Changes, KeyValue
 from elasticd.errors import Compacted, StoreRefused, StoreUnavailable
 

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-import grpc
-
 from elasticd.cluster.embedded import EtcdProcess, MemberSpec, PortInUse, free_port
 from elasticd.cluster.etcd_link import Member, rpc_of
+from elasticd.cluster.quiet_grpc import grpc
 
 _PORT_TRIES = 5
 _STATUS = rpc_of("Maintenance", "Status")
