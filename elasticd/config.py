@@ -1,0 +1,321 @@
+"""Configuration: TOML, then environment, parsed once into frozen dataclasses. Errors name the field.
+
+Not here: the command line (cli.py). Units are in the names.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import platform
+import re
+import socket
+import ssl
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from elasticd.core.model import JobId, JobSpec, Topology
+from elasticd.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdConfig:
+    """Where etcd is, and how to be let in. The password comes from a file, never from the command line."""
+
+    endpoints: tuple[str, ...] = ()
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    user: str = ""
+    password_file: str = ""
+
+    def credentials(self) -> tuple[str, str] | None:
+        """(user, password), or None. ConfigError when the password cannot be read."""
+        if not self.user:
+            return None
+        try:
+            return self.user, Path(self.password_file).read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"etcd.password_file {self.password_file!r}: {error.strerror}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinksConfig:
+    """Mutual TLS between daemons; plain text only on loopback, or when said so."""
+
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    insecure: bool = False
+
+    @property
+    def tls(self) -> bool:
+        return bool(self.ca and self.cert and self.key)
+
+    def contexts(self) -> tuple[ssl.SSLContext, ssl.SSLContext] | None:
+        """(server, client), each demanding the other's certificate; None for plain text."""
+        if not self.tls:
+            return None
+        try:
+            server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.ca)
+            client = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=self.ca)
+            for context in (server, client):
+                context.load_cert_chain(self.cert, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"links.ca, links.cert or links.key cannot be used: {error}") from error
+        server.verify_mode = ssl.CERT_REQUIRED
+        # Nodes are told apart by their ids and boot ids; the certificate proves that they belong to the cluster.
+        client.check_hostname = False
+        return server, client
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    address: str = ""
+    port: int = 7421
+    tls_cert: str = ""
+    tls_key: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetectionConfig:
+    heartbeat_s: float = 0.1
+    dead_after_s: float = 0.5
+    lease_ttl_s: int = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonConfig:
+    """All that a daemon is told. ``peer_port`` and ``metrics.port`` 0: the kernel chooses."""
+
+    node_id: str
+    address: str
+    peer_port: int = 7420
+    topology: Topology = field(default_factory=Topology)
+    run_dir: str = "/run/elasticd"
+    log_dir: str = "/var/log/elasticd"
+    python: str = ""
+    history_file: str = ""
+    etcd: EtcdConfig = field(default_factory=EtcdConfig)
+    links: LinksConfig = field(default_factory=LinksConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchOptions:
+    """What ``elasticd run`` decides for its own node: how the workers' output goes, as torchrun has it."""
+
+    role: str = "default"
+    redirects: str = "0"
+    tee: str = "0"
+    log_dir: str = ""
+    local_ranks_filter: str = ""
+    log_line_prefix_template: str = ""
+    start_method: str = "warm"
+
+
+# --- the files' form ---
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _NodeForm(_Form):
+    id: str = Field(default="", pattern=r"^$|" + _NAME)
+    address: str = ""
+    peer_port: int = Field(default=7420, ge=0, le=65535)
+    zone: str = ""
+    rack: str = ""
+    switch: str = ""
+    run_dir: str = "/run/elasticd"
+    log_dir: str = "/var/log/elasticd"
+    python: str = ""
+    history_file: str = ""
+
+
+class _EtcdForm(_Form):
+    endpoints: list[str] = Field(default_factory=list)
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    user: str = ""
+    password_file: str = ""
+
+
+class _LinksForm(_Form):
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    insecure: bool = False
+
+
+class _MetricsForm(_Form):
+    address: str = ""
+    port: int = Field(default=7421, ge=0, le=65535)
+    tls_cert: str = ""
+    tls_key: str = ""
+
+
+class _DetectionForm(_Form):
+    heartbeat_s: float = Field(default=0.1, gt=0, le=10)
+    dead_after_s: float = Field(default=0.5, gt=0, le=60)
+    lease_ttl_s: int = Field(default=5, ge=2, le=300)
+
+
+class _DaemonForm(_Form):
+    node: _NodeForm = Field(default_factory=_NodeForm)
+    etcd: _EtcdForm = Field(default_factory=_EtcdForm)
+    links: _LinksForm = Field(default_factory=_LinksForm)
+    metrics: _MetricsForm = Field(default_factory=_MetricsForm)
+    detection: _DetectionForm = Field(default_factory=_DetectionForm)
+
+
+class _JobForm(_Form):
+    id: str = Field(pattern=_NAME)
+    nodes: str | None = Field(default=None, pattern=r"^[0-9]+(:[0-9]+)?$")
+    min_nodes: int = Field(default=1, ge=1)
+    max_nodes: int | None = Field(default=None, ge=1)
+    nproc_per_node: int | Literal["auto", "gpu", "cpu"] = 1
+    command: list[str] = Field(min_length=1)
+    module: bool = False
+    no_python: bool = False
+    max_restarts: int = Field(default=3, ge=0)
+    working_dir: str = ""
+    env: dict[str, str] = Field(default_factory=dict)
+    user: str = ""
+    log_dir: str = ""
+    warm: bool = True
+    stop_timeout_s: float = Field(default=5.0, ge=0, le=3600)
+    boundary_timeout_s: float = Field(default=30.0, ge=0, le=3600)
+    spares: int = Field(default=1, ge=0)
+
+
+def load_daemon(path: str, environment: Mapping[str, str] = os.environ) -> DaemonConfig:
+    """A daemon's configuration from a TOML file, overridden by ELASTICD_NODE_ID, _ADDRESS and _ENDPOINTS."""
+    form = _parse(_DaemonForm, _read(path), path)
+    endpoints = environment.get("ELASTICD_ENDPOINTS", "")
+    chosen = tuple(endpoints.split(",")) if endpoints else tuple(form.etcd.endpoints)
+    if not chosen:
+        raise ConfigError(f"{path}: etcd.endpoints is empty; name at least one, as http://HOST:2379")
+    node = form.node
+    config = DaemonConfig(
+        node_id=environment.get("ELASTICD_NODE_ID") or node.id or default_node_id(),
+        address=environment.get("ELASTICD_ADDRESS") or node.address or find_address(chosen),
+        peer_port=node.peer_port,
+        topology=Topology(zone=node.zone, rack=node.rack, switch=node.switch),
+        run_dir=node.run_dir,
+        log_dir=node.log_dir,
+        python=node.python,
+        history_file=node.history_file,
+        etcd=EtcdConfig(**{**form.etcd.model_dump(), "endpoints": chosen}),
+        links=LinksConfig(**form.links.model_dump()),
+        metrics=MetricsConfig(**form.metrics.model_dump()),
+        detection=DetectionConfig(**form.detection.model_dump()),
+    )
+    return checked(config)
+
+
+def checked(config: DaemonConfig) -> DaemonConfig:
+    """The same, if its parts fit together; ConfigError with the field otherwise."""
+    if not re.match(_NAME, config.node_id):
+        raise ConfigError(f"node.id {config.node_id!r}: letters, digits, '.', '_' and '-' only, 63 at most")
+    if config.detection.dead_after_s < 2 * config.detection.heartbeat_s:
+        raise ConfigError("detection.dead_after_s must be at least twice detection.heartbeat_s")
+    links = config.links
+    if any((links.ca, links.cert, links.key)) and not links.tls:
+        raise ConfigError("links: ca, cert and key belong together")
+    if not links.tls and not links.insecure and not is_loopback(config.address):
+        raise ConfigError(
+            f"links to other daemons on {config.address} would be plain text: set links.ca, links.cert and links.key, "
+            "or links.insecure = true"
+        )
+    return replace(config, metrics=replace(config.metrics, address=config.metrics.address or config.address))
+
+
+def load_job(path: str) -> JobSpec:
+    """A job file as a spec. ConfigError names the field that is wrong."""
+    form = _parse(_JobForm, _read(path), path)
+    low, high = form.min_nodes, form.max_nodes or form.min_nodes
+    if form.nodes is not None:
+        first, _, last = form.nodes.partition(":")
+        low, high = int(first), int(last or first)
+    if not 1 <= low <= high:
+        raise ConfigError(f"{path}: nodes: the minimum {low} is above the maximum {high}, or below 1")
+    return JobSpec(
+        job_id=JobId(form.id),
+        min_nodes=low,
+        max_nodes=high,
+        command=tuple(form.command),
+        nproc_per_node=str(form.nproc_per_node),
+        is_module=form.module,
+        no_python=form.no_python,
+        max_restarts=form.max_restarts,
+        working_dir=form.working_dir,
+        env=tuple(sorted(form.env.items())),
+        user=form.user,
+        log_dir=form.log_dir,
+        warm=form.warm,
+        stop_timeout_s=form.stop_timeout_s,
+        boundary_timeout_s=form.boundary_timeout_s,
+        spares=form.spares,
+    )
+
+
+def default_node_id() -> str:
+    """The host's name, with what a node id cannot hold replaced."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", platform.node())[:63] or "node"
+
+
+def find_address(endpoints: tuple[str, ...]) -> str:
+    """This host's address on the way to etcd. Connecting a datagram socket sends nothing."""
+    for endpoint in endpoints:
+        parts = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((parts.hostname or "127.0.0.1", parts.port or 2379))
+                return str(probe.getsockname()[0])
+        except OSError:
+            continue
+    return "127.0.0.1"
+
+
+def is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+
+
+def _parse(form: type[M], plain: dict[str, Any], path: str) -> M:
+    try:
+        return form.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(path, one) for one in error.errors())) from error
+
+
+def _explain(path: str, error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{path}: {where}: unknown key"
+    return f"{path}: {where}: {error['msg'][0].lower()}{error['msg'][1:]}"
