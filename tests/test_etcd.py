@@ -178,7 +178,8 @@ def test_a_lease_outlives_its_member(cluster: EtcdCluster, store: EtcdStore, key
     assert store.get(key) is not None
 
 
-def test_without_quorum_nobody_answers(cluster: EtcdCluster, store: EtcdStore, key: str) -> None:
+def test_without_quorum_nobody_answers(cluster: EtcdCluster, key: str) -> None:
+    store = EtcdStore(cluster.endpoints, call_timeout_s=0.4)
     revision = store.put(key, "1")
     follower = Follower(store, key, revision)
     left = on(store, cluster, leader=False)
@@ -197,6 +198,7 @@ def test_without_quorum_nobody_answers(cluster: EtcdCluster, store: EtcdStore, k
     patiently(lambda: store.put(key, "2"))
     until(lambda: follower.values and follower.values[-1] == "2")
     follower.close()
+    store.close()
 
 
 # --- Watches ---
@@ -499,6 +501,20 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(PortInUse, match=str(port)), EmbeddedEtcd(tmp_path / "data", client_port=port):
             pass
+
+
+@pytest.mark.net
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip to make a namespace")
+def test_etcd_in_a_network_namespace(tmp_path: Path) -> None:
+    name = f"etcd{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        inside = ["ip", "netns", "exec", name]
+        subprocess.run([*inside, "ip", "link", "set", "lo", "up"], check=True)
+        with EmbeddedEtcd(tmp_path / "data", client_port=2379, command_prefix=inside) as etcd:
+            assert Path(f"/proc/{etcd.pid}/comm").read_text().strip() == "etcd"
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
 
 
 def test_data_stays_over_a_kill(tmp_path: Path) -> None:
