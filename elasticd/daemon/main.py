@@ -1,0 +1,240 @@
+"""Makes a daemon out of its parts and runs it: for ``elasticd serve`` and ``elasticd run``.
+
+One asyncio loop in the main thread; systemd's watchdog is fed by that loop and by nothing else. Not here: what the
+parts do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import signal
+import socket
+import sys
+import uuid
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from elasticd import __version__
+from elasticd.cluster.etcd import EtcdStore, EtcdTls
+from elasticd.cluster.peers import LinkSettings
+from elasticd.cluster.store import Compare, Delete, Put, Store
+from elasticd.config import DaemonConfig, LaunchOptions
+from elasticd.core import keys, messages
+from elasticd.core.machine import Settings
+from elasticd.core.model import BootId, Capacity, JobSpec, Node, NodeId, Phase, Round
+from elasticd.core.records import from_json, to_json
+from elasticd.daemon.launcher import LauncherSettings, WarmLauncher
+from elasticd.daemon.node import NodeLoop, Observer, Setup
+from elasticd.daemon.notify import notify, watchdog_interval_s
+from elasticd.errors import JobRefused, OperatorError, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+RUN_STORE_PATIENCE_S = 10.0
+
+
+def serve(config: DaemonConfig) -> int:
+    """Runs until SIGTERM; returns the exit status. OperatorError for what a person must mend."""
+    return asyncio.run(_run(config, None, None))
+
+
+def run_job(config: DaemonConfig, spec: JobSpec, launch: LaunchOptions) -> int:
+    """One job on this node; returns 0 when it succeeded, 1 otherwise."""
+    store = make_store(config)
+    try:
+        prepare_job(store, spec)
+    except StoreUnavailable as error:
+        raise OperatorError(f"etcd at {', '.join(config.etcd.endpoints)} cannot be reached: {error}") from error
+    finally:
+        store.close()
+    return asyncio.run(_run(config, spec, launch))
+
+
+def make_store(config: DaemonConfig) -> EtcdStore:
+    etcd = config.etcd
+    tls = None
+    if etcd.ca or etcd.cert or etcd.key:
+        paths = {name: Path(value) for name, value in (("ca", etcd.ca), ("cert", etcd.cert), ("key", etcd.key)) if value}
+        tls = EtcdTls(**paths)
+    return EtcdStore(etcd.endpoints, tls=tls, credentials=etcd.credentials())
+
+
+def prepare_job(store: Store, spec: JobSpec) -> None:
+    """The job's spec in the store, made by whichever node comes first. JobRefused when it does not fit."""
+    key = keys.spec(spec.job_id)
+    shared = replace(spec, env=(), working_dir="", log_dir="")
+    for _ in range(3):
+        if store.txn([Compare(key=key, create_revision=0)], [Put(key=key, value=to_json(shared))]).succeeded:
+            return
+        held = store.get(key)
+        if held is None:
+            continue
+        other = from_json(JobSpec, held.value)
+        if not other.by_run:
+            raise JobRefused(f"job {spec.job_id!r} was submitted to daemons; use another --rdzv-id")
+        if not _over(store, spec):
+            _must_agree(spec, other)
+            return
+        members = store.snapshot(keys.members(spec.job_id)).entries
+        if members:
+            raise JobRefused(f"job {spec.job_id!r} has just ended; its nodes are leaving: try again in a moment")
+        doomed = [key, keys.round_(spec.job_id), keys.cancel(spec.job_id), keys.checkpoint(spec.job_id)]
+        store.txn([Compare(key=key, mod_revision=held.mod_revision)], [Delete(key=name) for name in doomed])
+    raise JobRefused(f"job {spec.job_id!r} keeps changing; try again")
+
+
+def _over(store: Store, spec: JobSpec) -> bool:
+    """Whether a run of the same id has ended. One that succeeded a moment ago is no invitation to run it again."""
+    record = store.get(keys.round_(spec.job_id))
+    if record is None:
+        return False
+    ended = from_json(Round, record.value)
+    if ended.phase is Phase.SUCCEEDED:
+        raise JobRefused(
+            f"job {spec.job_id!r} has just succeeded; to run it again use another --rdzv-id, or wait a minute"
+        )
+    return ended.phase.terminal
+
+
+def _must_agree(mine: JobSpec, other: JobSpec) -> None:
+    ours, theirs = (mine.min_nodes, mine.max_nodes), (other.min_nodes, other.max_nodes)
+    if ours != theirs:
+        raise JobRefused(
+            f"job {mine.job_id!r} runs with --nnodes {theirs[0]}:{theirs[1]}; you gave {ours[0]}:{ours[1]}"
+        )
+
+
+def describe_node(config: DaemonConfig, capacity: Capacity) -> Node:
+    """What this node says of itself. The boot id is new with every daemon, and is what tells two lives apart."""
+    return Node(
+        node_id=NodeId(config.node_id),
+        boot_id=BootId(uuid.uuid4().hex),
+        host=platform.node(),
+        address=config.address,
+        peer_port=config.peer_port,
+        metrics_port=config.metrics.port,
+        capacity=capacity,
+        topology=config.topology,
+        elasticd_version=__version__,
+        torch_version=_torch_version(),
+        python_version=platform.python_version(),
+    )
+
+
+def _torch_version() -> str:
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return ""
+
+
+def make_setup(config: DaemonConfig, node: Node, spec: JobSpec | None) -> Setup:
+    contexts = config.links.contexts()
+    detection = config.detection
+    return Setup(
+        node=node,
+        settings=Settings(lease_ttl_s=detection.lease_ttl_s, fixed_job=spec),
+        links=LinkSettings(
+            heartbeat_s=detection.heartbeat_s,
+            dead_after_s=detection.dead_after_s,
+            server_tls=contexts[0] if contexts else None,
+            client_tls=contexts[1] if contexts else None,
+        ),
+        socket_path=Path(config.run_dir) / f"{config.node_id}.sock",
+        history_file=config.history_file,
+    )
+
+
+async def _run(config: DaemonConfig, spec: JobSpec | None, launch: LaunchOptions | None) -> int:
+    from elasticd.daemon.observer import MetricsService
+
+    metrics = MetricsService(config)
+    node = replace(describe_node(config, metrics.capacity), metrics_port=metrics.listen())
+    setup = make_setup(config, node, spec)
+    launcher = WarmLauncher(
+        LauncherSettings(
+            node_id=node.node_id,
+            socket_path=setup.socket_path,
+            log_dir=config.log_dir,
+            python=config.python,
+            launch=launch,
+        )
+    )
+    observer: Observer = metrics
+    loop = NodeLoop(setup, make_store(config), launcher, observer)
+    try:
+        await loop.start()
+        metrics.attach(loop)
+        launcher.start(spec)
+        _handle_signals(loop, orderly=spec is None)
+        notify(f"READY=1\nSTATUS=node {node.node_id} on {node.address}")
+        watchdog = asyncio.create_task(_feed_watchdog())
+        status = await loop.finished
+        watchdog.cancel()
+        _explain_end(loop)
+        return status
+    finally:
+        notify("STOPPING=1")
+        await launcher.close()
+        await loop.close()
+        metrics.close()
+
+
+def _handle_signals(loop: NodeLoop, *, orderly: bool) -> None:
+    """The first SIGTERM leaves at a step boundary (a daemon) or at once (a run); a second one always at once."""
+    running = asyncio.get_running_loop()
+    seen: list[int] = []
+
+    def stop(number: int) -> None:
+        at_once = bool(seen) or not orderly
+        seen.append(number)
+        loop.post(messages.ShutdownRequested(at_once=at_once))
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        running.add_signal_handler(number, stop, number)
+
+
+async def _feed_watchdog() -> None:
+    interval_s = watchdog_interval_s()
+    while interval_s is not None:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(interval_s)
+
+
+def _explain_end(loop: NodeLoop) -> None:
+    """For a run: how the job ended, with the first error's traceback."""
+    ended = loop.machine.ended
+    if ended is None or loop.setup.settings.fixed_job is None:
+        return
+    job_id = loop.setup.settings.fixed_job.job_id
+    if ended.phase is Phase.SUCCEEDED:
+        log.info("job %s succeeded", job_id)
+        return
+    failure = ended.failure
+    text = f"elasticd: job {job_id} {ended.phase.value}"
+    if failure is not None:
+        how = f"exit code {failure.exit_code}" if failure.exit_code >= 0 else f"signal {-failure.exit_code}"
+        text += f": first error on node {failure.node_id}, rank {failure.rank} ({how}): {failure.message}"
+        if failure.traceback:
+            text += f"\n{failure.traceback.rstrip()}"
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def configure_logging(level: str = "", *, as_json: bool = False) -> None:
+    """Standard logging, since torch and grpc log there; JSON lines for log collectors."""
+    form = (
+        '{"time":"%(asctime)s","level":"%(levelname)s","logger":"%(name)s","message":"%(message)s"}'
+        if as_json
+        else "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+    )
+    logging.basicConfig(level=level or os.environ.get("ELASTICD_LOG_LEVEL", "INFO"), format=form, stream=sys.stderr)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
