@@ -1,0 +1,46 @@
+"""What several test files share: when a missing tool skips a test, and when it fails it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from elasticd.testing.claims import sweep
+from elasticd.testing.hosts import why_not_namespaces
+
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def need(why_not: str) -> None:
+    """Skips with the reason; in CI, where .ci/run installs everything, it fails instead."""
+    if why_not and IN_CI:
+        pytest.fail(f"CI must be able to run this: {why_not}")
+    if why_not:
+        pytest.skip(why_not)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 10.0, what: str = "") -> None:
+    """Polls until the condition holds."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s:g} s: {what or condition}"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """For tests whose nodes are network namespaces."""
+    need(why_not_namespaces())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _leave_nothing() -> Iterator[None]:
+    """What killed test runs left behind is removed before and after."""
+    if os.geteuid() == 0:
+        sweep()
+    yield
+    if os.geteuid() == 0:
+        sweep()
