@@ -48,6 +48,10 @@ class ChannelClosed(ElasticdError):
     """The other end of a local socket went away."""
 
 
+class SaveFailed(ElasticdError):
+    """A checkpoint could not be written; training goes on, and the next one is tried when it is due."""
+
+
 # --- This process must stop what it does ---
 
 

@@ -1,0 +1,99 @@
+"""The manifest of a checkpoint: what files belong to it, how long they are, and their checksums. Pure.
+
+A checkpoint is a directory ``step-<N>`` in torch.distributed.checkpoint's own format plus ``manifest.json``, which is
+written last: a directory without one that verifies is not a checkpoint. While it is being written its name is
+``step-<N>.r<round>.tmp``, so that two rounds never write into one directory.
+
+Not here: reading and writing files (storage.py), choosing one to restore (restore.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from elasticd.core.records import from_plain, to_json, to_plain
+from elasticd.errors import CheckpointInvalid, ProtocolError
+
+#: Version of manifest.json. A higher one comes from a newer elasticd, and is not guessed at.
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+
+_COMPLETE = re.compile(r"step-(\d+)")
+_TEMPORARY = re.compile(r"step-(\d+)\.r(\d+)\.tmp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One file of a checkpoint. CRC32 (zlib's): it is there to find rot and torn writes, not malice."""
+
+    name: str
+    size_bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything that a restore must know before it opens a file of the checkpoint."""
+
+    format: int = FORMAT
+    step: int
+    world_size: int
+    job_id: str
+    round_number: int
+    torch_version: str
+    saved_at_unix_s: float
+    files: tuple[FileEntry, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.files)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """JSON that carries its own checksum: a flipped digit in a size or a step must not pass for another value."""
+    body = to_plain(manifest)
+    sealed = {"crc32": zlib.crc32(to_json(manifest).encode()), "manifest": body}
+    return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()
+
+
+def decode_manifest(content: bytes) -> Manifest:
+    """CheckpointInvalid, with the reason, when the content is not a manifest of a version that we know."""
+    try:
+        sealed: Any = json.loads(content)
+        body = sealed["manifest"]
+        version = body["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointInvalid(f"{MANIFEST_NAME} is damaged") from error
+    if not isinstance(version, int) or version > FORMAT:
+        raise CheckpointInvalid(f"{MANIFEST_NAME} has format {version!r}, this elasticd knows {FORMAT}")
+    try:
+        manifest = from_plain(Manifest, body)
+    except ProtocolError as error:
+        raise CheckpointInvalid(f"{MANIFEST_NAME} is damaged: {error}") from error
+    if zlib.crc32(to_json(manifest).encode()) != sealed.get("crc32"):
+        raise CheckpointInvalid(f"{MANIFEST_NAME} does not match its own checksum")
+    return manifest
+
+
+def complete_name(step: int) -> str:
+    return f"step-{step}"
+
+
+def temporary_name(step: int, round_number: int) -> str:
+    return f"step-{step}.r{round_number}.tmp"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a complete checkpoint's directory name; None for any other name."""
+    found = _COMPLETE.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def round_of_temporary(name: str) -> int | None:
+    """The round that was writing a temporary directory; None for any other name."""
+    found = _TEMPORARY.fullmatch(name)
+    return int(found[2]) if found else None

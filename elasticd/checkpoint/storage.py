@@ -1,0 +1,175 @@
+"""Checkpoint directories on a file system: made durable before they are visible, checked before they are used.
+
+Every rank must see the same directory (one host, or a shared file system). Not here: what is inside the data files
+(torch.distributed.checkpoint's format) and who decides to save or restore (save.py, restore.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+
+from elasticd.checkpoint.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    complete_name,
+    decode_manifest,
+    encode_manifest,
+    round_of_temporary,
+    step_of,
+    temporary_name,
+)
+from elasticd.errors import CheckpointInvalid, ConfigError
+
+_CHUNK_BYTES = 4 * 1024 * 1024
+
+
+def open_directory(directory: Path) -> None:
+    """Make the checkpoint directory and try to write there. ConfigError when that does not work."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ConfigError(f"cannot write checkpoints to {directory}: {why}; name a writable directory") from error
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """The steps whose directory has its final name, newest first. Says nothing about whether they verify."""
+    steps = (step_of(path.name) for path in directory.iterdir())
+    return sorted((step for step in steps if step is not None), reverse=True)
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and checksum of a file, read in bounded pieces."""
+    checksum, size_bytes = 0, 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+            size_bytes += len(chunk)
+    return FileEntry(name=path.name, size_bytes=size_bytes, crc32=checksum)
+
+
+def seal_file(path: Path) -> FileEntry:
+    """Describe a file that has been written and closed, and flush it to the disk."""
+    entry = describe_file(path)
+    _flush(path)
+    return entry
+
+
+def begin(directory: Path, step: int, round_number: int) -> Path:
+    """An empty temporary directory for this step. Sweeps what this round or an older one left behind.
+
+    An older round can no longer commit, and of our own round no other save is in flight. A temporary directory of a
+    newer round is left alone: it is us who are late.
+    """
+    for path in directory.iterdir():
+        owner = round_of_temporary(path.name)
+        if owner is not None and owner <= round_number:
+            shutil.rmtree(path, ignore_errors=True)
+    temporary = directory / temporary_name(step, round_number)
+    temporary.mkdir()
+    return temporary
+
+
+def publish(temporary: Path, manifest: Manifest) -> Path:
+    """Write the manifest, flush everything, and give the directory its final name: durable, then visible.
+
+    OSError when a checkpoint of this step is already there: rename never replaces a directory that is not empty.
+    """
+    with (temporary / MANIFEST_NAME).open("xb") as file:
+        file.write(encode_manifest(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+    _flush(temporary)
+    final = temporary.parent / complete_name(manifest.step)
+    temporary.rename(final)
+    _flush(temporary.parent)
+    return final
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint directory. CheckpointInvalid when it is missing, damaged or of another step."""
+    try:
+        content = (path / MANIFEST_NAME).read_bytes()
+    except OSError as error:
+        raise CheckpointInvalid(f"no {MANIFEST_NAME}: {error.strerror}") from error
+    manifest = decode_manifest(content)
+    if manifest.step != step_of(path.name):
+        raise CheckpointInvalid(f"{MANIFEST_NAME} is of step {manifest.step}")
+    return manifest
+
+
+def check_sizes(path: Path, manifest: Manifest) -> None:
+    """CheckpointInvalid when a file is missing or of another length. Costs no reading."""
+    for entry in manifest.files:
+        try:
+            size_bytes = (path / entry.name).stat().st_size
+        except OSError as error:
+            raise CheckpointInvalid(f"{entry.name}: {error.strerror}") from error
+        if size_bytes != entry.size_bytes:
+            raise CheckpointInvalid(f"{entry.name} has {size_bytes} bytes instead of {entry.size_bytes}")
+
+
+def check_contents(path: Path, entries: tuple[FileEntry, ...]) -> None:
+    """CheckpointInvalid when the bytes of a file are not those that were written."""
+    for entry in entries:
+        try:
+            found = describe_file(path / entry.name)
+        except OSError as error:
+            raise CheckpointInvalid(f"{entry.name}: {error.strerror}") from error
+        if found != entry:
+            raise CheckpointInvalid(f"{entry.name} does not match its checksum")
+
+
+def verify(path: Path) -> Manifest:
+    """The manifest of a checkpoint whose every byte is as it was written; CheckpointInvalid otherwise."""
+    manifest = read_manifest(path)
+    check_sizes(path, manifest)
+    check_contents(path, manifest.files)
+    return manifest
+
+
+def set_aside(path: Path) -> None:
+    """Give up the name of a checkpoint that does not verify, but keep its bytes for a person to look at."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.invalid-{number}")).exists():
+        number += 1
+    path.rename(target)
+
+
+def prune(directory: Path, *, newest: int, keep: int, round_number: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints up to step ``newest``. Ones that are torn do not count."""
+    kept = 0
+    for step in complete_steps(directory):
+        if step > newest:
+            continue
+        path = directory / complete_name(step)
+        if kept < keep and _looks_whole(path):
+            kept += 1
+        elif step != newest:
+            # Renamed first: a directory that is half removed must never pass for a checkpoint.
+            doomed = path.rename(directory / temporary_name(step, round_number))
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _looks_whole(path: Path) -> bool:
+    try:
+        check_sizes(path, read_manifest(path))
+    except CheckpointInvalid:
+        return False
+    return True
+
+
+def _flush(path: Path) -> None:
+    """fsync of a file or a directory. A read-only descriptor will do: fsync is about the inode."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

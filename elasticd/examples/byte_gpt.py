@@ -1,0 +1,159 @@
+"""A byte-level GPT, trained on the text of Python's own standard library: real input that every machine has.
+
+    elasticd run --nnodes 1:3 --nproc-per-node 1 -m elasticd.examples.byte_gpt --checkpoint-dir DIR
+    torchrun --nproc-per-node 2 -m elasticd.examples.byte_gpt --steps 50
+    python -m elasticd.examples.byte_gpt --steps 50
+
+The global batch is constant: the loss curve is the same on any world, up to rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sysconfig
+import time
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from elasticd import Session
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        split = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = split.permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        grown: torch.Tensor = self.down(functional.gelu(self.up(self.norm_2(x))))
+        return x + grown
+
+
+class ByteGPT(nn.Module):
+    """Bytes in, logits of the next byte out: (batch, length) -> (batch, length, 256)."""
+
+    def __init__(self, *, length: int, width: int = 128, layers: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(256, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
+        self.apply(_initialise)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        logits: torch.Tensor = self.head(self.norm(self.blocks(self.token(tokens) + self.position(places))))
+        return logits
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+class StandardLibrary:
+    """The top-level modules of the standard library as one text, cut into samples of ``length`` + 1 bytes."""
+
+    def __init__(self, length: int) -> None:
+        folder = Path(sysconfig.get_path("stdlib"))
+        text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+        self._text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self._length = length
+
+    def __len__(self) -> int:
+        return (len(self._text) - 1) // self._length
+
+    def batch(self, ids: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, each (len(ids), length)."""
+        starts = torch.tensor(ids).unsqueeze(1) * self._length
+        tokens = self._text[starts + torch.arange(self._length + 1)].long().to(device)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+def loss_of(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+def global_mean(scaled_loss: torch.Tensor) -> float:
+    """The mean over the global batch, from each rank's loss as it was scaled for DDP."""
+    total = scaled_loss.detach().clone()
+    dist.all_reduce(total)
+    return float(total.item()) / dist.get_world_size()
+
+
+def train(arguments: argparse.Namespace) -> None:
+    session = Session(
+        checkpoint_dir=arguments.checkpoint_dir, save_every_steps=arguments.save_every, seed=arguments.seed
+    )
+    data = StandardLibrary(arguments.length)
+    model = DistributedDataParallel(ByteGPT(length=arguments.length, width=arguments.width).to(session.device))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    session.register(model=model, optimizer=optimizer)
+    session.restore()
+    with session, open_ledger(arguments.ledger) as ledger:
+        for step in session.steps(until=arguments.steps):
+            with step:
+                ids = step.batch_indices(dataset_size=len(data), global_batch=arguments.batch)
+                # An empty share (more ranks than samples) still needs a backward pass; its weight is 0.
+                loss = loss_of(model, *data.batch(ids or [0], session.device)) * step.loss_scale
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                mean = global_mean(loss)
+                step.report(loss=mean)
+            record(ledger, session, ids, mean)
+            if session.rank == 0 and session.step % arguments.print_every == 0:
+                print(f"step {session.step} world {session.world_size} loss {mean:.4f}", flush=True)
+
+
+def open_ledger(path: str | None) -> TextIO:
+    """Appended to by all ranks: each line is one write, so that lines do not mix."""
+    return Path(path or os.devnull).open("a", buffering=1, encoding="utf-8")
+
+
+def record(ledger: TextIO, session: Session, ids: list[int], loss: float) -> None:
+    """A completed step, on the clock that all processes of this machine share."""
+    line = {
+        "t": time.monotonic(),
+        "step": session.step,
+        "world": session.world_size,
+        "rank": session.rank,
+        "round": session.round_number,
+        "loss": loss,
+        "ids": ids,
+    }
+    ledger.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="train until this many steps are completed")
+    parser.add_argument("--batch", type=int, default=12, help="sequences in the global batch")
+    parser.add_argument("--length", type=int, default=64, help="bytes in a sequence")
+    parser.add_argument("--width", type=int, default=128, help="width of the model")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--checkpoint-dir", help="directory for checkpoints; none are saved without it")
+    parser.add_argument("--save-every", type=int, default=10, help="steps between two checkpoints")
+    parser.add_argument("--print-every", type=int, default=10)
+    parser.add_argument("--ledger", help="append a JSON line for each completed step of each rank to this file")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The training process's connection to its daemon. It serves training, and never holds it up.
+
+Two daemon threads, one that reads and one that writes, so that a slow or dead daemon costs the step nothing: what is to
+be said is handed over under a lock, step reports are folded together when they come faster than they may be sent, and
+once the connection is lost everything that is posted is dropped. There is no way back to a daemon that died: its
+workers die with it.
+
+Not here: what a boundary or a lost fence means to training (session.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from elasticd.channel import Channel, Message
+from elasticd.errors import ChannelClosed, ProtocolError
+
+log = logging.getLogger(__name__)
+
+MAX_REPORTS_PER_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """A completed step. ``step`` counts completed steps: the first one is 1."""
+
+    step: int
+    seconds: float
+    wait_seconds: float
+    samples: int
+    metrics: Mapping[str, float]
+
+
+class DaemonLink:
+    """ChannelClosed from the constructor when nobody listens at ``path``."""
+
+    def __init__(self, path: str, hello: Message) -> None:
+        reader = Channel.connect(path)
+        # Two ends of one socket: Channel is for one thread each, and both stay blocking.
+        self._socket = socket.socket(fileno=socket.dup(reader.fileno()))
+        self._round_number = int(hello["round"])
+        self._boundary_wanted = False
+        self._refusal = ""
+        self._closed = threading.Event()
+        self._drained = threading.Event()
+        self._ready = threading.Condition()
+        self._outbox: deque[Message] = deque([hello])
+        self._reports: list[StepReport] = []
+        self._closing = False
+        self._next_report_at = 0.0
+        for target, channel in ((self._read, reader), (self._write, Channel(self._socket))):
+            threading.Thread(target=target, args=(channel,), name="elasticd-link", daemon=True).start()
+
+    @property
+    def boundary_wanted(self) -> bool:
+        """The daemon has asked for a stop at the next common step boundary of this round."""
+        return self._boundary_wanted
+
+    @property
+    def refusal(self) -> str:
+        """Why a commit of this round was refused; empty while none was."""
+        return self._refusal
+
+    def report(self, report: StepReport) -> None:
+        with self._ready:
+            if not self._closed.is_set():
+                self._reports.append(report)
+                self._ready.notify()
+
+    def post(self, message: Message) -> None:
+        """Say something of this round. Returns at once."""
+        with self._ready:
+            if not self._closed.is_set():
+                self._outbox.append({**message, "round": self._round_number})
+                self._ready.notify()
+
+    def wait_closed(self, timeout_s: float | None = None) -> bool:
+        """Wait until the daemon is gone. Whether it is."""
+        return self._closed.wait(timeout_s)
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Send what is left, within the time-out, and hang up."""
+        with self._ready:
+            self._closing = True
+            self._ready.notify()
+        self._drained.wait(timeout_s)
+        self._hang_up()
+
+    def _read(self, channel: Channel) -> None:
+        try:
+            while True:
+                message = channel.receive()
+                if message is not None:
+                    self._receive(message)
+        except (ChannelClosed, ProtocolError) as error:
+            if not self._closing:
+                log.warning("elasticd: the connection to the daemon is lost (%s); training goes on", error)
+        finally:
+            self._hang_up()
+
+    def _receive(self, message: Message) -> None:
+        if message["type"] == "boundary_wanted" and message.get("round") == self._round_number:
+            self._boundary_wanted = True
+        elif message["type"] == "commit_result" and not message.get("committed", True):
+            self._refusal = str(message.get("reason") or "a newer round stands")
+
+    def _write(self, channel: Channel) -> None:
+        try:
+            while (message := self._next_message()) is not None:
+                channel.send(message)
+        except (ChannelClosed, ProtocolError):
+            self._hang_up()
+        finally:
+            self._drained.set()
+
+    def _next_message(self) -> Message | None:
+        """Wait for something that may be sent now; None at the end. Reports go before other posts."""
+        with self._ready:
+            while True:
+                delay_s = 0.0 if self._outbox or self._closing else self._next_report_at - time.monotonic()
+                if self._reports and delay_s <= 0 and not self._hello_pending:
+                    return self._take_reports()
+                if self._outbox:
+                    return self._outbox.popleft()
+                if self._closing or self._closed.is_set():
+                    return None
+                self._ready.wait(delay_s if self._reports else None)
+
+    @property
+    def _hello_pending(self) -> bool:
+        return bool(self._outbox) and self._outbox[0]["type"] == "worker_hello"
+
+    def _take_reports(self) -> Message:
+        message = fold(self._reports)
+        self._reports = []
+        self._next_report_at = time.monotonic() + 1.0 / MAX_REPORTS_PER_S
+        return {"type": "step", "round": self._round_number, **message}
+
+    def _hang_up(self) -> None:
+        self._closed.set()
+        with contextlib.suppress(OSError):  # hung up already
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with self._ready:
+            self._reports.clear()
+            self._outbox.clear()
+            self._ready.notify()
+
+
+def fold(reports: list[StepReport]) -> Message:
+    """One message for several steps: the latest step and metrics, mean seconds, all the samples."""
+    count, latest = len(reports), reports[-1]
+    return {
+        "step": latest.step,
+        "steps": count,
+        "seconds": sum(report.seconds for report in reports) / count,
+        "wait_seconds": sum(report.wait_seconds for report in reports) / count,
+        "samples": sum(report.samples for report in reports),
+        "metrics": dict(latest.metrics),
+    }

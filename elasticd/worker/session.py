@@ -1,0 +1,315 @@
+"""What a training script imports: ``elasticd.Session``.
+
+    session = elasticd.Session(checkpoint_dir="checkpoints", save_every_steps=100, seed=1)
+    model = DistributedDataParallel(Net().to(session.device))
+    optimizer = torch.optim.AdamW(model.parameters())
+    session.register(model=model, optimizer=optimizer)
+    session.restore()
+    for step in session.steps(until=10_000):
+        with step:
+            ids = step.batch_indices(dataset_size=len(data), global_batch=256)
+            loss = loss_of(model, data, ids)  # the mean over this rank's share
+            optimizer.zero_grad()
+            (loss * step.loss_scale).backward()
+            optimizer.step()
+            step.report(loss=loss.item(), samples=len(ids))
+
+What happens inside ``with step:`` belongs to that step alone, and takes its samples and its weight from ``step``: so
+the library may yield the same step again, when it could not be completed. A step is completed when the block ends.
+Checkpoints are saved, and the job stops for a change of its world, between two steps.
+
+It runs under elasticd, under plain torchrun, and under plain python as a world of one; without a daemon everything
+works but reports and stops. This module is the composition root of the training process: it alone joins worker/ and
+checkpoint/. Not here: recovery inside the process, and shares that differ by speed (both to come).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from elasticd.checkpoint import storage
+from elasticd.checkpoint.restore import agree_on_newest, load_into
+from elasticd.checkpoint.save import Saved, Saver
+from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed
+from elasticd.worker.control import Control
+from elasticd.worker.data import Cursor
+from elasticd.worker.link import DaemonLink, StepReport
+from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, seed_random
+from elasticd.worker.step import Step
+from elasticd.worker.waiting import GradientWait
+from elasticd.worker.world import Place, choose_device, join_world, make_side_group
+
+log = logging.getLogger(__name__)
+
+#: The exit status of a worker that parked at a boundary and then lost its daemon: not a success, not a crash.
+EXIT_PARKED = 75  # EX_TEMPFAIL
+
+
+class Session:
+    """One training process's part in the job. Made by all ranks together (it makes process groups).
+
+    ``checkpoint_dir`` must be the same directory for all ranks (one host, or a shared file system); without it nothing
+    is saved. ``save_every_steps``: 0 saves only at stops and at the end. ``keep``: how many checkpoints stay.
+    ``seed`` seeds the random states and the order of samples. ``device`` overrides the choice of the GPU of this local
+    rank. ``save_timeout_s``: for how long a save waits for a rank that is silent (one that died fails it at once).
+
+    ConfigError when the directory is not writable or the environment is not whole.
+    """
+
+    def __init__(
+        self,
+        *,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        save_every_steps: int = 0,
+        keep: int = 3,
+        seed: int | None = None,
+        device: str | None = None,
+        save_timeout_s: float = 20.0,
+    ) -> None:
+        _show_operator_errors_as_one_line()
+        if save_every_steps < 0 or keep < 1:
+            raise ConfigError("save_every_steps must not be negative, and keep must be at least 1")
+        self._place = Place.from_environment()
+        self.device = choose_device(self._place, device)
+        self._directory = Path(checkpoint_dir).absolute() if checkpoint_dir is not None else None
+        if self._directory is not None:
+            storage.open_directory(self._directory)
+        self._made_world = join_world(self._place, self.device)
+        self._control = Control()
+        self._save_every_steps, self._seed = save_every_steps, seed or 0
+        self._saver = self._make_saver(keep, save_timeout_s)
+        self._link = _connect(self._place)
+        self._registered = Registered()
+        self._waiting = GradientWait()
+        self._restored = False
+        self._completed = 0
+        self._saved_step = -1
+        self.cursor = Cursor()
+        if seed is not None:
+            seed_random(seed)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def local_rank(self) -> int:
+        return self._place.local_rank
+
+    @property
+    def round_number(self) -> int:
+        """The round of the world under elasticd; torchrun's restart count under torchrun."""
+        return self._place.round_number
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @property
+    def step(self) -> int:
+        """How many steps are completed: also the index of the step to come."""
+        return self._completed
+
+    def register(
+        self,
+        *,
+        model: torch.nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        extra: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        """Name what a checkpoint must hold. Once, before ``restore``; wrap the model (DDP, FSDP2) first.
+
+        ``extra``: whatever else has ``state_dict`` and ``load_state_dict``, by name: a scheduler, for one.
+        """
+        if optimizer is not None and model is None:
+            raise ValueError("an optimizer is saved by the names of its model's parameters: register the model too")
+        self._registered = Registered(model=model, optimizer=optimizer, extra=dict(extra or {}))
+        if model is not None and optimizer is not None and self.device.type == "cpu":
+            self._waiting.attach(model, optimizer)
+
+    def restore(self) -> int:
+        """Collective. Take up the newest checkpoint that verifies; the number of completed steps (0: a fresh start).
+
+        ConfigError when the checkpoint is not of the model and optimizer that are registered.
+        """
+        self._restored = True
+        if self._directory is None:
+            return self._completed
+        found = agree_on_newest(self._directory, self._control.group)
+        if found is None:
+            return self._completed
+        own = self._own_state(with_random=self.rank < found.manifest.world_size)
+        state = self._registered.capture() | own
+        load_into(state, found.path)
+        self._registered.apply(state)
+        self._take_own_state(state, found.manifest.step)
+        return self._completed
+
+    def steps(self, until: int | None = None) -> Iterator[Step]:
+        """The steps to come, up to ``until`` completed ones in all. Each is to be used as ``with step:``.
+
+        A step whose block did not complete is yielded again. Saves, stops and the final checkpoint happen in between.
+        Fenced when a newer round stands without this process; SystemExit after a stop, when the daemon is gone.
+        """
+        self._check_ready()
+        while until is None or self._completed < until:
+            step = Step(self, self._completed)
+            yield step
+            if not step.entered:
+                raise RuntimeError("a step of session.steps() was not used: write 'with step:' in the loop")
+            if not step.completed:
+                continue
+            is_last = until is not None and self._completed >= until
+            if step.stop_agreed and not is_last:
+                self._save_or_warn()
+                self._park()
+            elif is_last or (self._save_every_steps and self._completed % self._save_every_steps == 0):
+                self._save_or_warn()
+
+    def save(self) -> Saved | None:
+        """Collective, between two steps. Save now; None without a directory, or when this step is saved already.
+
+        SaveFailed when the storage refused.
+        """
+        if self._saver is None or self._saved_step == self._completed:
+            return None
+        saved = self._saver.save(self._registered.capture() | self._own_state(with_random=True), self._completed)
+        self._saved_step = self._completed
+        if self.rank == 0 and self._link is not None:
+            self._link.post({"type": "commit", "step": saved.step, "path": str(saved.path), "seconds": saved.seconds})
+        return saved
+
+    def close(self) -> None:
+        """Send the last reports, and leave the process groups that were made here."""
+        if self._link is not None:
+            self._link.close()
+        if self._made_world and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # What Step needs of its session.
+
+    def begin(self) -> None:
+        if self._link is not None and self._link.refusal:
+            raise Fenced(f"checkpoint refused: {self._link.refusal}")
+        self._waiting.take()
+        self._control.start(stop_wanted=self._link is not None and self._link.boundary_wanted)
+
+    def complete(self, step: Step) -> None:
+        step.stop_agreed, blocked_s = self._control.finish()
+        seconds = time.monotonic() - step.started_at
+        self._completed = step.index + 1
+        self.cursor = step.next_cursor
+        if self._link is not None:
+            self._link.report(
+                StepReport(
+                    step=self._completed,
+                    seconds=seconds,
+                    wait_seconds=self._waiting.take() + blocked_s,
+                    samples=step.samples,
+                    metrics=step.metrics,
+                )
+            )
+
+    def _own_state(self, *, with_random: bool) -> dict[str, Any]:
+        cursor = {"epoch": self.cursor.epoch, "index": self.cursor.index}
+        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, "cursor": cursor})}
+        if with_random:
+            state["random"] = {str(self.rank): capture_random(self.device)}
+        return state
+
+    def _take_own_state(self, state: dict[str, Any], step: int) -> None:
+        own = json.loads(state["session"])
+        self._completed = self._saved_step = step
+        self.cursor = Cursor(**own["cursor"])
+        if "random" in state:
+            apply_random(state["random"][str(self.rank)], self.device)
+        else:
+            seed_random(hash((self._seed, step, self.rank)))
+
+    def _make_saver(self, keep: int, timeout_s: float) -> Saver | None:
+        if self._directory is None:
+            return None
+        place = self._place
+        return Saver(
+            self._directory,
+            group=make_side_group(timeout_s),
+            job_id=place.job_id,
+            round_number=place.round_number,
+            keep=keep,
+        )
+
+    def _check_ready(self) -> None:
+        if self._directory is not None and not self._restored and storage.complete_steps(self._directory):
+            raise ConfigError(
+                f"{self._directory} holds checkpoints of an earlier run: call session.restore() or name another one"
+            )
+
+    def _save_or_warn(self) -> None:
+        """A disk that is full must not end the training: the checkpoint before this one still stands."""
+        try:
+            self.save()
+        except SaveFailed as error:
+            if self.rank == 0:
+                log.warning("elasticd: %s", error)
+
+    def _park(self) -> None:
+        """Say that this rank stands at the boundary, and wait to be stopped."""
+        if self._link is not None:
+            self._link.post({"type": "boundary", "step": self._completed})
+            self._link.wait_closed()
+        raise SystemExit(EXIT_PARKED)
+
+
+def _connect(place: Place) -> DaemonLink | None:
+    if not place.socket_path:
+        return None
+    hello = {
+        "type": "worker_hello",
+        "job": place.job_id,
+        "round": place.round_number,
+        "rank": place.rank,
+        "local_rank": place.local_rank,
+        "pid": os.getpid(),
+    }
+    try:
+        return DaemonLink(place.socket_path, hello)
+    except ChannelClosed as error:
+        log.warning("elasticd: %s; training goes on without it", error)
+        return None
+
+
+def _show_operator_errors_as_one_line() -> None:
+    """A mistake that only a person can mend is worth a line, not a traceback into this library."""
+    previous = sys.excepthook
+    if getattr(previous, "shows_operator_errors", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, OperatorError):
+            print(f"elasticd: error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        else:
+            previous(kind, error, traceback)
+
+    hook.shows_operator_errors = True  # type: ignore[attr-defined]
+    sys.excepthook = hook

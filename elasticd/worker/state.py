@@ -1,0 +1,107 @@
+"""What a checkpoint holds, in the form that torch.distributed.checkpoint shards, saves and reshards.
+
+Model and optimizer go through torch's state-dict API, so that DDP, FSDP2 and DTensor states are named and split alike.
+Random states are per rank; a rank that the saved world did not have gets a state derived from the step, so that a
+restart onto that world is repeatable.
+
+Not here: files (checkpoint/), and the data order, which needs no random state (data.py).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """What may be registered as extra: a learning-rate scheduler, for one."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Registered:
+    """The script's objects whose state belongs in a checkpoint."""
+
+    model: torch.nn.Module | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    extra: Mapping[str, Stateful] = field(default_factory=dict)
+
+    def capture(self) -> dict[str, Any]:
+        """The live state, not a copy: filling its tensors in place fills the model."""
+        state: dict[str, Any] = {}
+        if self.model is not None:
+            state["model"] = get_model_state_dict(self.model)
+            if self.optimizer is not None:
+                state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer)
+        if self.extra:
+            state["extra"] = {name: thing.state_dict() for name, thing in self.extra.items()}
+        return state
+
+    def apply(self, state: dict[str, Any]) -> None:
+        if self.model is not None:
+            set_model_state_dict(self.model, state["model"])
+            if self.optimizer is not None:
+                set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        for name, thing in self.extra.items():
+            thing.load_state_dict(state["extra"][name])
+
+
+def capture_random(device: torch.device) -> str:
+    """The random states of this process, as text: torch, Python, and CUDA and NumPy where they are in use."""
+    states: dict[str, Any] = {"torch": _pack(torch.get_rng_state()), "python": random.getstate()}
+    if device.type == "cuda":
+        states["cuda"] = _pack(torch.cuda.get_rng_state(device))
+    if (numpy := sys.modules.get("numpy")) is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        states["numpy"] = [kind, keys.tolist(), *rest]
+    return json.dumps(states)
+
+
+def apply_random(text: str, device: torch.device) -> None:
+    """The inverse. A state that this version of torch cannot take is left out, with a warning."""
+    states = json.loads(text)
+    try:
+        torch.set_rng_state(_unpack(states["torch"]))
+        version, internal, gauss = states["python"]
+        random.setstate((version, tuple(internal), gauss))
+        if "cuda" in states and device.type == "cuda":
+            torch.cuda.set_rng_state(_unpack(states["cuda"]), device)
+        if "numpy" in states and (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.set_state(tuple(states["numpy"]))
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        log.warning("elasticd: random states were not restored: %s", error)
+
+
+def seed_random(seed: int) -> None:
+    """Torch (all devices), Python, and NumPy where it is in use."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed & 0xFFFFFFFF)
+
+
+def _pack(state: torch.Tensor) -> str:
+    return base64.b64encode(bytes(state.tolist())).decode()
+
+
+def _unpack(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,102 @@
+"""Where this process stands in the job, on what device, in what process groups.
+
+The environment is torchrun's; without it the world is one. The variables of elasticd (ELASTICD_*) are extra: the same
+script runs under torchrun and under plain python. Not here: what is said over the groups (control.py, checkpoint/).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from elasticd.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """This process among the workers of its round."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    job_id: str = ""
+    node_id: str = ""
+    round_number: int = 0
+    socket_path: str = ""
+    launched: bool = False
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Place:
+        """ConfigError when a number is not one, or only some of torchrun's variables are set."""
+        env = os.environ if environment is None else environment
+        launched = "RANK" in env
+        if launched and not ("WORLD_SIZE" in env and "MASTER_ADDR" in env and "MASTER_PORT" in env):
+            raise ConfigError(
+                "RANK is set, but not WORLD_SIZE, MASTER_ADDR and MASTER_PORT: start it with elasticd run"
+            )
+        return cls(
+            rank=_number(env, "RANK", 0),
+            local_rank=_number(env, "LOCAL_RANK", 0),
+            world_size=_number(env, "WORLD_SIZE", 1),
+            job_id=env.get("ELASTICD_JOB_ID") or env.get("TORCHELASTIC_RUN_ID", ""),
+            node_id=env.get("ELASTICD_NODE_ID", ""),
+            round_number=_number(env, "ELASTICD_ROUND", _number(env, "TORCHELASTIC_RESTART_COUNT", 0)),
+            socket_path=env.get("ELASTICD_SOCKET", ""),
+            launched=launched,
+        )
+
+
+def choose_device(place: Place, wanted: str | None) -> torch.device:
+    """The GPU of this local rank where there is CUDA, otherwise the CPU. ConfigError when there are too few GPUs."""
+    if wanted is not None:
+        device = torch.device(wanted)
+    elif torch.cuda.is_available():
+        device = torch.device("cuda", place.local_rank)
+    else:
+        device = torch.device("cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigError(
+                f"local rank {place.local_rank} has no GPU: this node has {count}; lower --nproc-per-node"
+            )
+        torch.cuda.set_device(device)
+    return device
+
+
+def join_world(place: Place, device: torch.device) -> bool:
+    """Make the default process group, unless the script has made it. Whether it was made here."""
+    if dist.is_initialized():
+        return False
+    # On CUDA the CPU backend comes along: checkpoints and control talk over it.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if place.launched:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    return True
+
+
+def make_side_group(timeout_s: float | None = None) -> dist.ProcessGroup | None:
+    """A gloo group of all ranks, apart from the script's own; None in a world of one, which needs none. Collective."""
+    if dist.get_world_size() == 1:
+        return None
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+    return group
+
+
+def _number(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name, "")
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"environment variable {name} is {text!r}, not a number") from error
