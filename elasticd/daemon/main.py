@@ -58,7 +58,9 @@ def make_store(config: DaemonConfig) -> EtcdStore:
     etcd = config.etcd
     tls = None
     if etcd.ca or etcd.cert or etcd.key:
-        paths = {name: Path(value) for name, value in (("ca", etcd.ca), ("cert", etcd.cert), ("key", etcd.key)) if value}
+        paths = {
+            name: Path(value) for name, value in (("ca", etcd.ca), ("cert", etcd.cert), ("key", etcd.key)) if value
+        }
         tls = EtcdTls(**paths)
     return EtcdStore(etcd.endpoints, tls=tls, credentials=etcd.credentials())
 

@@ -139,9 +139,7 @@ class NodeAgent(LocalElasticAgent):
         self._stop(group, self._config.stop_timeout_s, state=WorkerState.FAILED)
 
     def _stopped_result(self, group: WorkerGroup) -> RunResult:
-        return RunResult(
-            state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(w.global_rank for w in group.workers)
-        )
+        return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(w.global_rank for w in group.workers))
 
     def _stop(self, group: WorkerGroup, timeout_s: float, state: WorkerState = WorkerState.STOPPED) -> None:
         if self._pcontext is None:

@@ -1,0 +1,84 @@
+"""The order of samples and who takes which: bijections, and each sample exactly once over changing worlds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elasticd.worker.data import Cursor, Permutation, sample_ids, shard
+
+seeds = st.integers(0, 2**64 - 1)
+
+
+@given(size=st.integers(1, 700), seed=seeds, epoch=st.integers(0, 1000))
+def test_a_permutation_is_a_bijection(size: int, seed: int, epoch: int) -> None:
+    order = Permutation(size, seed=seed, epoch=epoch)
+    assert sorted(order[index] for index in range(size)) == list(range(size))
+
+
+@given(size=st.integers(2**20, 2**62), seed=seeds, indices=st.sets(st.integers(0, 2**20 - 1), max_size=50))
+def test_a_huge_permutation_costs_no_memory_and_repeats_nothing(size: int, seed: int, indices: set[int]) -> None:
+    order = Permutation(size, seed=seed, epoch=0)
+    found = [order[index] for index in indices]
+    assert len(set(found)) == len(indices)
+    assert all(0 <= sample < size for sample in found)
+
+
+def test_the_order_differs_by_seed_and_epoch_and_is_not_the_natural_one() -> None:
+    def of(seed: int, epoch: int) -> list[int]:
+        order = Permutation(1000, seed=seed, epoch=epoch)
+        return [order[index] for index in range(1000)]
+
+    orders = [of(1, 0), of(1, 1), of(2, 0), list(range(1000))]
+    for number, one in enumerate(orders):
+        for other in orders[number + 1 :]:
+            assert sum(a == b for a, b in zip(one, other, strict=True)) < 20  # 1 is expected of independent orders
+    assert of(1, 0) == of(1, 0)
+
+
+def test_the_order_never_changes_between_versions() -> None:
+    """A job that resumes after an upgrade must go on in the same order."""
+    order = Permutation(1000, seed=7, epoch=3)
+    assert [order[index] for index in range(8)] == [594, 494, 839, 951, 512, 636, 161, 38]
+
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_an_index_out_of_range_is_refused(index: int) -> None:
+    with pytest.raises(IndexError):
+        Permutation(10, seed=0, epoch=0)[index]
+
+
+def test_an_empty_data_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 samples"):
+        Permutation(0, seed=0, epoch=0)
+
+
+@given(count=st.integers(0, 200), world_size=st.integers(1, 40))
+def test_shards_are_contiguous_even_and_whole(count: int, world_size: int) -> None:
+    shards = [shard(count, rank, world_size) for rank in range(world_size)]
+    assert [position for part in shards for position in part] == list(range(count))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@given(
+    size=st.integers(1, 60),
+    seed=seeds,
+    worlds=st.lists(st.integers(1, 9), min_size=1, max_size=40),
+    data=st.data(),
+)
+def test_every_sample_exactly_once_an_epoch_whatever_the_world(
+    size: int, seed: int, worlds: list[int], data: st.DataObject
+) -> None:
+    batch = data.draw(st.integers(1, size))
+    cursor, seen = Cursor(), []
+    for world_size in worlds:
+        for rank in range(world_size):
+            seen += sample_ids(cursor, shard(batch, rank, world_size), size=size, seed=seed)
+        cursor = cursor.advanced(batch, size)
+    expected = sample_ids(Cursor(), range(batch * len(worlds)), size=size, seed=seed)
+    assert seen == expected
+    for start in range(0, len(seen) - size + 1, size):
+        assert sorted(seen[start : start + size]) == list(range(size))
+    assert cursor == Cursor(epoch=len(seen) // size, index=len(seen) % size)
