@@ -28,11 +28,12 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from elasticd.channel import Channel, Message
+from elasticd.cluster.jobs import prepare_job
 from elasticd.config import DaemonConfig, EtcdConfig, LinksConfig, MetricsConfig, checked, default_node_id, find_address
 from elasticd.core.machine import Machine
 from elasticd.core.messages import Report, ShutdownRequested
 from elasticd.core.model import Capacity, JobId, JobSpec, NodeId
-from elasticd.daemon.main import describe_node, make_setup, make_store, prepare_job
+from elasticd.daemon.main import describe_node, make_setup, make_store
 from elasticd.daemon.node import NodeLoop
 from elasticd.errors import OperatorError, StoreUnavailable
 from elasticd.supervisor.handler import DaemonRendezvousHandler

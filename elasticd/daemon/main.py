@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import signal
-import socket
 import sys
 import uuid
 from dataclasses import replace
@@ -20,17 +19,16 @@ from pathlib import Path
 
 from elasticd import __version__
 from elasticd.cluster.etcd import EtcdStore, EtcdTls
+from elasticd.cluster.jobs import prepare_job
 from elasticd.cluster.peers import LinkSettings
-from elasticd.cluster.store import Compare, Delete, Put, Store
 from elasticd.config import DaemonConfig, LaunchOptions
-from elasticd.core import keys, messages
+from elasticd.core import messages
 from elasticd.core.machine import Settings
-from elasticd.core.model import BootId, Capacity, JobSpec, Node, NodeId, Phase, Round
-from elasticd.core.records import from_json, to_json
+from elasticd.core.model import BootId, Capacity, JobSpec, Node, NodeId, Phase
 from elasticd.daemon.launcher import LauncherSettings, WarmLauncher
 from elasticd.daemon.node import NodeLoop, Observer, Setup
 from elasticd.daemon.notify import notify, watchdog_interval_s
-from elasticd.errors import JobRefused, OperatorError, StoreUnavailable
+from elasticd.errors import OperatorError, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -63,51 +61,6 @@ def make_store(config: DaemonConfig) -> EtcdStore:
         }
         tls = EtcdTls(**paths)
     return EtcdStore(etcd.endpoints, tls=tls, credentials=etcd.credentials())
-
-
-def prepare_job(store: Store, spec: JobSpec) -> None:
-    """The job's spec in the store, made by whichever node comes first. JobRefused when it does not fit."""
-    key = keys.spec(spec.job_id)
-    shared = replace(spec, env=(), working_dir="", log_dir="")
-    for _ in range(3):
-        if store.txn([Compare(key=key, create_revision=0)], [Put(key=key, value=to_json(shared))]).succeeded:
-            return
-        held = store.get(key)
-        if held is None:
-            continue
-        other = from_json(JobSpec, held.value)
-        if not other.by_run:
-            raise JobRefused(f"job {spec.job_id!r} was submitted to daemons; use another --rdzv-id")
-        if not _over(store, spec):
-            _must_agree(spec, other)
-            return
-        members = store.snapshot(keys.members(spec.job_id)).entries
-        if members:
-            raise JobRefused(f"job {spec.job_id!r} has just ended; its nodes are leaving: try again in a moment")
-        doomed = [key, keys.round_(spec.job_id), keys.cancel(spec.job_id), keys.checkpoint(spec.job_id)]
-        store.txn([Compare(key=key, mod_revision=held.mod_revision)], [Delete(key=name) for name in doomed])
-    raise JobRefused(f"job {spec.job_id!r} keeps changing; try again")
-
-
-def _over(store: Store, spec: JobSpec) -> bool:
-    """Whether a run of the same id has ended. One that succeeded a moment ago is no invitation to run it again."""
-    record = store.get(keys.round_(spec.job_id))
-    if record is None:
-        return False
-    ended = from_json(Round, record.value)
-    if ended.phase is Phase.SUCCEEDED:
-        raise JobRefused(
-            f"job {spec.job_id!r} has just succeeded; to run it again use another --rdzv-id, or wait a minute"
-        )
-    return ended.phase.terminal
-
-
-def _must_agree(mine: JobSpec, other: JobSpec) -> None:
-    ours, theirs = (mine.min_nodes, mine.max_nodes), (other.min_nodes, other.max_nodes)
-    if ours != theirs:
-        raise JobRefused(
-            f"job {mine.job_id!r} runs with --nnodes {theirs[0]}:{theirs[1]}; you gave {ours[0]}:{ours[1]}"
-        )
 
 
 def describe_node(config: DaemonConfig, capacity: Capacity) -> Node:
@@ -234,9 +187,3 @@ def configure_logging(level: str = "", *, as_json: bool = False) -> None:
         else "%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )
     logging.basicConfig(level=level or os.environ.get("ELASTICD_LOG_LEVEL", "INFO"), format=form, stream=sys.stderr)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -1,0 +1,119 @@
+"""What operators ask of the cluster, as guarded transactions: submit, cancel, drain.
+
+Blocking, for short-lived commands. Not here: what daemons then do (core/machine.py), how it is shown (commands/).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from elasticd.cluster.store import Compare, Delete, KeyValue, Put, Store
+from elasticd.core import keys
+from elasticd.core.model import JobId, JobSpec, NodeId, Phase, Round
+from elasticd.core.records import from_json, to_json
+from elasticd.core.view import Entry, View
+from elasticd.errors import JobRefused
+
+_TRIES = 3
+
+
+def read_view(store: Store) -> View:
+    """The whole cluster, as of one revision."""
+    snapshot = store.snapshot(keys.PREFIX)
+    view = View()
+    entries = (
+        Entry(key=e.key, value=e.value, create_revision=e.create_revision, mod_revision=e.mod_revision)
+        for e in snapshot.entries
+    )
+    view.replace(entries, snapshot.revision)
+    return view
+
+
+def submit_job(store: Store, spec: JobSpec) -> None:
+    """A job for daemons to take. JobRefused when one of that id is not over yet."""
+    for _ in range(_TRIES):
+        if _create(store, spec):
+            return
+        held = store.get(keys.spec(spec.job_id))
+        if held is None:
+            continue
+        if _phase(store, spec.job_id) is None:
+            raise JobRefused(f"job {spec.job_id!r} is there already; `elasticd cancel {spec.job_id}` ends it")
+        _clear(store, held, spec.job_id)
+    raise JobRefused(f"job {spec.job_id!r} keeps changing; try again")
+
+
+def prepare_job(store: Store, spec: JobSpec) -> None:
+    """The spec of an ``elasticd run``, made by whichever node comes first. JobRefused when ours does not fit."""
+    shared = replace(spec, env=(), working_dir="", log_dir="")
+    for _ in range(_TRIES):
+        if _create(store, shared):
+            return
+        held = store.get(keys.spec(spec.job_id))
+        if held is None:
+            continue
+        other = from_json(JobSpec, held.value)
+        if not other.by_run:
+            raise JobRefused(f"job {spec.job_id!r} was submitted to daemons; use another --rdzv-id")
+        phase = _phase(store, spec.job_id)
+        if phase is None:
+            _must_agree(spec, other)
+            return
+        if phase is Phase.SUCCEEDED:  # a node that comes a moment late must not train it all again
+            raise JobRefused(
+                f"job {spec.job_id!r} has just succeeded; to run it again use another --rdzv-id, or wait a minute"
+            )
+        _clear(store, held, spec.job_id)
+    raise JobRefused(f"job {spec.job_id!r} keeps changing; try again")
+
+
+def cancel_job(store: Store, job_id: JobId) -> None:
+    """Asks the job's nodes to stop it. JobRefused when there is no such job, or when it is over."""
+    if store.get(keys.spec(job_id)) is None:
+        raise JobRefused(f"there is no job {job_id!r}; `elasticd status` shows the jobs that are")
+    phase = _phase(store, job_id)
+    if phase is not None:
+        raise JobRefused(f"job {job_id!r} is over: {phase.value}")
+    store.put(keys.cancel(job_id), "1")
+
+
+def drain_node(store: Store, node_id: NodeId) -> None:
+    """The node leaves its job at a step boundary and takes none. JobRefused when it is not there."""
+    if store.get(keys.node(node_id)) is None:
+        raise JobRefused(f"there is no node {node_id!r}; `elasticd status` shows the nodes that are")
+    store.put(keys.drain(node_id), "1")
+
+
+def undrain_node(store: Store, node_id: NodeId) -> bool:
+    """Whether it was drained."""
+    return store.delete(keys.drain(node_id))
+
+
+def _create(store: Store, spec: JobSpec) -> bool:
+    key = keys.spec(spec.job_id)
+    return store.txn([Compare(key=key, create_revision=0)], [Put(key=key, value=to_json(spec))]).succeeded
+
+
+def _phase(store: Store, job_id: JobId) -> Phase | None:
+    """How the job ended; None while it has not."""
+    record = store.get(keys.round_(job_id))
+    if record is None:
+        return None
+    phase = from_json(Round, record.value).phase
+    return phase if phase.terminal else None
+
+
+def _clear(store: Store, held: KeyValue, job_id: JobId) -> None:
+    """Removes what an ended job left behind, once its nodes have left."""
+    if store.snapshot(keys.members(job_id)).entries:
+        raise JobRefused(f"job {job_id!r} has just ended; its nodes are leaving: try again in a moment")
+    doomed = [held.key, keys.round_(job_id), keys.cancel(job_id), keys.checkpoint(job_id)]
+    store.txn([Compare(key=held.key, mod_revision=held.mod_revision)], [Delete(key=name) for name in doomed])
+
+
+def _must_agree(mine: JobSpec, other: JobSpec) -> None:
+    ours, theirs = (mine.min_nodes, mine.max_nodes), (other.min_nodes, other.max_nodes)
+    if ours != theirs:
+        raise JobRefused(
+            f"job {mine.job_id!r} runs with --nnodes {theirs[0]}:{theirs[1]}; you gave {ours[0]}:{ours[1]}"
+        )
