@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import tomllib
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,6 +111,10 @@ class DaemonConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
 
+    @property
+    def is_on_loopback(self) -> bool:
+        return is_loopback(self.address)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchOptions:
@@ -122,6 +127,10 @@ class LaunchOptions:
     local_ranks_filter: str = ""
     log_line_prefix_template: str = ""
     start_method: str = "warm"
+    virtual_local_rank: bool = False
+    duplicate_stdout_filters: tuple[str, ...] = ()
+    duplicate_stderr_filters: tuple[str, ...] = ()
+    event_log_handler: str = "null"
 
 
 # --- the files' form ---
@@ -224,6 +233,48 @@ def load_daemon(path: str, environment: Mapping[str, str] = os.environ) -> Daemo
         detection=DetectionConfig(**form.detection.model_dump()),
     )
     return checked(config)
+
+
+def load_etcd(path: str, endpoints: str = "") -> EtcdConfig:
+    """Only where etcd is: from ``endpoints`` (comma-separated), and for the rest the [etcd] of a file, if one is named.
+
+    ConfigError when the file is wrong, or nothing names an endpoint.
+    """
+    form = _parse(_DaemonForm, _read(path), path).etcd if path else _EtcdForm()
+    chosen = tuple(filter(None, endpoints.split(","))) or tuple(form.endpoints)
+    if not chosen:
+        raise ConfigError(f"{path}: etcd.endpoints is empty; name at least one, as http://HOST:2379")
+    return EtcdConfig(**{**form.model_dump(), "endpoints": chosen})
+
+
+def config_for_run(
+    endpoints: tuple[str, ...],
+    *,
+    run_dir: str,
+    address: str = "",
+    node_id: str = "",
+    links: LinksConfig | None = None,
+    base: DaemonConfig | None = None,
+) -> DaemonConfig:
+    """A node that lives as long as one job: an id, ports and a folder of its own, so that several share a machine.
+
+    Links are plain text unless ``links`` or ``base`` (a daemon's file) says otherwise, as torchrun's are.
+    """
+    known = base or DaemonConfig(node_id="", address="", etcd=EtcdConfig(endpoints=endpoints))
+    place = address or known.address or find_address(endpoints)
+    own = links or known.links
+    return checked(
+        replace(
+            known,
+            node_id=node_id or f"{default_node_id()[:50]}-{uuid.uuid4().hex[:8]}",
+            address=place,
+            peer_port=0,
+            run_dir=run_dir,
+            log_dir="",
+            links=replace(own, insecure=own.insecure or not own.tls),
+            metrics=replace(known.metrics, address=place, port=0),
+        )
+    )
 
 
 def checked(config: DaemonConfig) -> DaemonConfig:

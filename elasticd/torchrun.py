@@ -15,10 +15,8 @@ import logging
 import os
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
@@ -29,7 +27,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from elasticd.channel import Channel, Message
 from elasticd.cluster.jobs import prepare_job
-from elasticd.config import DaemonConfig, EtcdConfig, LinksConfig, MetricsConfig, checked, default_node_id, find_address
+from elasticd.config import DaemonConfig, LinksConfig, config_for_run
 from elasticd.core.machine import Machine
 from elasticd.core.messages import Report, ShutdownRequested
 from elasticd.core.model import Capacity, JobId, JobSpec, NodeId
@@ -135,24 +133,14 @@ def create_handler(params: RendezvousParameters) -> RendezvousHandler:
 
 def _config(params: RendezvousParameters) -> DaemonConfig:
     endpoints = tuple(params.endpoint.split(","))
-    address = params.local_addr or find_address(endpoints)
     links = LinksConfig(
         ca=str(params.get("links_ca", "")),
         cert=str(params.get("links_cert", "")),
         key=str(params.get("links_key", "")),
         insecure=True,  # as torchrun's own; --rdzv-conf links_ca=...,links_cert=...,links_key=... encrypts
     )
-    run_dir = Path(tempfile.mkdtemp(prefix="elasticd-"))
-    return checked(
-        DaemonConfig(
-            node_id=f"{default_node_id()[:50]}-{uuid.uuid4().hex[:8]}",
-            address=address,
-            peer_port=0,
-            run_dir=str(run_dir),
-            etcd=EtcdConfig(endpoints=endpoints),
-            links=links,
-            metrics=MetricsConfig(address=address, port=0),
-        )
+    return config_for_run(
+        endpoints, run_dir=tempfile.mkdtemp(prefix="elasticd-"), address=params.local_addr or "", links=links
     )
 
 

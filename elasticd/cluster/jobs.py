@@ -5,7 +5,9 @@ Blocking, for short-lived commands. Not here: what daemons then do (core/machine
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 from elasticd.cluster.store import Compare, Delete, KeyValue, Put, Store
 from elasticd.core import keys
@@ -27,6 +29,12 @@ def read_view(store: Store) -> View:
     )
     view.replace(entries, snapshot.revision)
     return view
+
+
+def read_checkpoints(store: Store, view: View) -> dict[JobId, dict[str, Any]]:
+    """The commit record of each job that has one: step, path, round."""
+    found = {job_id: store.get(keys.checkpoint(job_id)) for job_id in view.jobs}
+    return {job_id: json.loads(record.value) for job_id, record in found.items() if record is not None}
 
 
 def submit_job(store: Store, spec: JobSpec) -> None:

@@ -21,13 +21,14 @@ from elasticd import __version__
 from elasticd.cluster.etcd import EtcdStore, EtcdTls
 from elasticd.cluster.jobs import prepare_job
 from elasticd.cluster.peers import LinkSettings
-from elasticd.config import DaemonConfig, LaunchOptions
+from elasticd.config import DaemonConfig, EtcdConfig, LaunchOptions
 from elasticd.core import messages
 from elasticd.core.machine import Settings
 from elasticd.core.model import BootId, Capacity, JobSpec, Node, NodeId, Phase
 from elasticd.daemon.launcher import LauncherSettings, WarmLauncher
-from elasticd.daemon.node import NodeLoop, Observer, Setup
+from elasticd.daemon.node import NodeLoop, Observer, Setup, world_log
 from elasticd.daemon.notify import notify, watchdog_interval_s
+from elasticd.daemon.storekeeper import wait_until_reachable
 from elasticd.errors import OperatorError, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def run_job(config: DaemonConfig, spec: JobSpec, launch: LaunchOptions) -> int:
     """One job on this node; returns 0 when it succeeded, 1 otherwise."""
     store = make_store(config)
     try:
+        wait_until_reachable(store, RUN_STORE_PATIENCE_S)
         prepare_job(store, spec)
     except StoreUnavailable as error:
         raise OperatorError(f"etcd at {', '.join(config.etcd.endpoints)} cannot be reached: {error}") from error
@@ -53,7 +55,11 @@ def run_job(config: DaemonConfig, spec: JobSpec, launch: LaunchOptions) -> int:
 
 
 def make_store(config: DaemonConfig) -> EtcdStore:
-    etcd = config.etcd
+    return make_etcd_store(config.etcd)
+
+
+def make_etcd_store(etcd: EtcdConfig) -> EtcdStore:
+    """Connects when it is first asked. ConfigError when a file that is named cannot be read."""
     tls = None
     if etcd.ca or etcd.cert or etcd.key:
         paths = {
@@ -179,11 +185,16 @@ def _explain_end(loop: NodeLoop) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def configure_logging(level: str = "", *, as_json: bool = False) -> None:
-    """Standard logging, since torch and grpc log there; JSON lines for log collectors."""
+def configure_logging(level: str = "", *, as_json: bool = False, world_changes: bool = False) -> None:
+    """Standard logging, since torch and grpc log there; JSON lines for log collectors.
+
+    ``world_changes``: a change of the world is told at any level, since a person watches.
+    """
     form = (
         '{"time":"%(asctime)s","level":"%(levelname)s","logger":"%(name)s","message":"%(message)s"}'
         if as_json
         else "%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )
     logging.basicConfig(level=level or os.environ.get("ELASTICD_LOG_LEVEL", "INFO"), format=form, stream=sys.stderr)
+    if world_changes:
+        world_log.setLevel(logging.INFO)

@@ -28,6 +28,8 @@ from elasticd.daemon.storekeeper import StoreKeeper
 from elasticd.errors import OperatorError
 
 log = logging.getLogger(__name__)
+#: Changes of the world, told even where the rest is not.
+world_log = logging.getLogger(f"{__name__}.world")
 
 
 class Launcher(Protocol):
@@ -153,7 +155,8 @@ class NodeLoop:
         details = dict(report.details)
         self.history.write(report.event, **details)
         brief = {name: _brief(value) for name, value in details.items()}
-        log.info("%s %s", report.event, " ".join(f"{name}={value}" for name, value in brief.items()))
+        logger = world_log if report.event in _WORLD_EVENTS else log
+        logger.info("%s %s", report.event, " ".join(f"{name}={value}" for name, value in brief.items()))
         self._observer.reported(report, self.machine, now)
 
     def _observe_step(self, caller: Caller, message: Message) -> None:
@@ -198,6 +201,9 @@ class NodeLoop:
                 self.finished.set_exception(error)
 
         self._loop.call_soon_threadsafe(fail)
+
+
+_WORLD_EVENTS = ("round_seen", "fenced", "workers_failed")
 
 
 def _with_port(node: Node, peer_port: int) -> Node:

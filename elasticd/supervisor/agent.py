@@ -63,11 +63,16 @@ class AgentConfig:
     local_ranks_filter: str = ""
     log_line_prefix_template: str = ""
     warm: bool = True
+    virtual_local_rank: bool = False
+    duplicate_stdout_filters: tuple[str, ...] = ()
+    duplicate_stderr_filters: tuple[str, ...] = ()
+    event_log_handler: str = "null"
 
     @classmethod
     def from_message(cls, plain: Message) -> AgentConfig:
         known = {field.name for field in fields(cls)}
-        return cls(**{**{k: v for k, v in plain.items() if k in known}, "command": tuple(plain["command"])})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items() if k in known}
+        return cls(**values)
 
 
 class NodeAgent(LocalElasticAgent):
@@ -238,7 +243,7 @@ class NodeAgent(LocalElasticAgent):
             working_dir=self._config.working_dir,
             user=self._config.user,
         )
-        return WarmContext(self._warm, what, commands, envs, self._logs, self._prefixes(envs))
+        return WarmContext(self._warm, what, commands, envs, self._logs, self._prefixes(envs), self._filters())
 
     def _plain_context(
         self, commands: dict[int, tuple[str, ...]], envs: dict[int, dict[str, str]]
@@ -256,7 +261,15 @@ class NodeAgent(LocalElasticAgent):
             envs=envs,
             logs_specs=self._logs,
             log_line_prefixes=self._prefixes(envs),
+            **self._filters(),
         )
+
+    def _filters(self) -> dict[str, Any]:
+        """torchrun's --duplicate-stdout-filters and --duplicate-stderr-filters, as torch's contexts take them."""
+        return {
+            "duplicate_stdout_filters": list(self._config.duplicate_stdout_filters),
+            "duplicate_stderr_filters": list(self._config.duplicate_stderr_filters),
+        }
 
     def _say(self, message: Message) -> None:
         with contextlib.suppress(ChannelClosed):  # found out, and acted on, where the loop reads
@@ -308,6 +321,8 @@ def _make_agent(config: AgentConfig, handler: DaemonRendezvousHandler, warm: Cha
         rdzv_handler=handler,
         entrypoint=unused,
         max_restarts=config.max_restarts,
+        virtual_local_rank=config.virtual_local_rank,
+        event_log_handler=config.event_log_handler,
     )
     ranks = {int(rank) for rank in config.local_ranks_filter.split(",") if rank.strip()}
     logs = RoundLogs(config.log_dir, Std.from_str(config.redirects), Std.from_str(config.tee), ranks or None)

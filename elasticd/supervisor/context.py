@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import LogsSpecs, PContext, RunProcsResult
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -44,8 +45,9 @@ class WarmContext(PContext):
         envs: dict[int, dict[str, str]],
         logs_specs: LogsSpecs,
         log_line_prefixes: dict[int, str] | None,
+        filters: dict[str, Any],
     ) -> None:
-        super().__init__("worker", what.command[0], dict(commands), envs, logs_specs, log_line_prefixes)
+        super().__init__("worker", what.command[0], dict(commands), envs, logs_specs, log_line_prefixes, **filters)
         self._channel, self._what, self._commands = channel, what, commands
         self._pids: dict[int, int] = {}
         self._statuses: dict[int, int] = {}

@@ -34,7 +34,7 @@ class RoundLogs(LogsSpecs):
         count = len(envs)
         tee = to_map(self._tee, count)
         redirects = {rank: std | tee[rank] for rank, std in to_map(self._redirects, count).items()}
-        made = LogsDest(filtered_stdout=os.devnull, filtered_stderr=os.devnull)
+        made = LogsDest(filtered_stdout=self._filtered(envs, "stdout"), filtered_stderr=self._filtered(envs, "stderr"))
         for local_rank, env in envs.items():
             folder = self._folder(env)
             out, err = str(folder / "stdout.log"), str(folder / "stderr.log")
@@ -47,6 +47,10 @@ class RoundLogs(LogsSpecs):
                 made.tee_stderrs[local_rank] = err
             made.error_files[local_rank] = env["TORCHELASTIC_ERROR_FILE"] = str(folder / "error.json")
         return made
+
+    def _filtered(self, envs: dict[int, dict[str, str]], stream: str) -> str:
+        """Where the lines go that torchrun's duplicate filters pick, from all ranks of this node."""
+        return str(self._folder(envs[0]).with_name(f"filtered_{stream}.log"))
 
     def _folder(self, env: dict[str, str]) -> Path:
         job, rank = env["TORCHELASTIC_RUN_ID"], env["RANK"]

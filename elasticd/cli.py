@@ -1,0 +1,152 @@
+"""The command line: ``elasticd serve | run | submit | status | cancel | drain | undrain | demo``.
+
+Each command is a thin layer over a package that does the work, imported when the command runs. An operator's mistake is
+one line on stderr and exit status 2 (systemd's RestartPreventExitStatus), never a traceback. Not here: any behaviour.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from elasticd import __version__
+from elasticd.errors import OperatorError, StoreUnavailable
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EXIT_OPERATOR = 2
+EXIT_INTERRUPTED = 130
+DEFAULT_CONFIG = "/etc/elasticd/elasticd.toml"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="elasticd")
+def cli() -> None:
+    """Keeps a PyTorch training job stepping, whatever happens to the nodes."""
+
+
+@cli.command()
+@click.option("--config", default=DEFAULT_CONFIG, show_default=True, help="This node's TOML file.")
+@click.option("--log-level", default="", help="DEBUG, INFO, WARNING or ERROR (default INFO, or $ELASTICD_LOG_LEVEL).")
+@click.option("--log-json", is_flag=True, help="One JSON object a line, for log collectors.")
+def serve(config: str, log_level: str, log_json: bool) -> int:  # noqa: FBT001
+    """Be a node of the cluster: run the jobs that it has for this one, until SIGTERM."""
+    from elasticd.config import load_daemon
+    from elasticd.daemon.main import configure_logging
+    from elasticd.daemon.main import serve as serve_node
+
+    configure_logging(log_level, as_json=log_json)
+    return serve_node(load_daemon(config))
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(arguments: tuple[str, ...]) -> int:
+    """Run one job on this node: torchrun's command line, and more (elasticd run --help)."""
+    from elasticd.commands.run import run_command
+
+    return run_command(arguments)
+
+
+def _cluster(command: F) -> F:
+    """How a command finds the cluster: --endpoints, or the [etcd] of a configuration file."""
+    command = click.option(
+        "--config", default="", help=f"Take [etcd] from this TOML file (default {DEFAULT_CONFIG}, if it is there)."
+    )(command)
+    return click.option(
+        "--endpoints", envvar="ELASTICD_ENDPOINTS", default="", help="etcd, as HOST:PORT[,HOST:PORT...]."
+    )(command)
+
+
+@cli.command()
+@click.argument("job_file")
+@_cluster
+def submit(job_file: str, endpoints: str, config: str) -> int:
+    """Put a job (a TOML file) into the cluster; idle nodes take it."""
+    from elasticd.commands.operate import submit_file
+
+    return submit_file(job_file, endpoints, config)
+
+
+@cli.command()
+@click.argument("job_id", metavar="JOB")
+@_cluster
+def cancel(job_id: str, endpoints: str, config: str) -> int:
+    """Stop a job on all of its nodes."""
+    from elasticd.commands.operate import cancel_job_id
+
+    return cancel_job_id(job_id, endpoints, config)
+
+
+@cli.command()
+@click.argument("node_id", metavar="NODE")
+@_cluster
+def drain(node_id: str, endpoints: str, config: str) -> int:
+    """Let a node leave its job at a step boundary, and take no other."""
+    from elasticd.commands.operate import drain_node_id
+
+    return drain_node_id(node_id, endpoints, config)
+
+
+@cli.command()
+@click.argument("node_id", metavar="NODE")
+@_cluster
+def undrain(node_id: str, endpoints: str, config: str) -> int:
+    """Let a drained node take jobs again."""
+    from elasticd.commands.operate import undrain_node_id
+
+    return undrain_node_id(node_id, endpoints, config)
+
+
+@cli.command()
+@click.option("--watch", is_flag=True, help="Show it until Ctrl-C, as it changes.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON: one document, or with --watch one a line.")
+@_cluster
+def status(watch: bool, as_json: bool, endpoints: str, config: str) -> int:  # noqa: FBT001
+    """Show nodes and jobs."""
+    from elasticd.commands.status import show_status
+
+    return show_status(endpoints, config, watch=watch, as_json=as_json)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="The summary as one JSON object on the last line.")
+@click.option("--plain", is_flag=True, help="Plain lines even on a terminal.")
+@click.option("--steps", default=0, help="Steps to train (default: enough for the whole story).")
+@click.option("--seed", default=1, show_default=True)
+@click.option("--keep", default="", help="Folder in which logs, histories and checkpoints stay.")
+def demo(as_json: bool, plain: bool, steps: int, seed: int, keep: str) -> int:  # noqa: FBT001
+    """Train a byte-level GPT on three nodes of this machine, kill nodes, and check that nothing is lost."""
+    from elasticd.demo import DemoOptions, run_demo
+
+    return run_demo(DemoOptions(as_json=as_json, plain=plain, steps=steps, seed=seed, keep=keep))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: exits with the command's status."""
+    sys.exit(run_cli(arguments))
+
+
+def run_cli(arguments: Sequence[str] | None = None) -> int:
+    """The exit status; what an operator must know is on stderr."""
+    try:
+        return int(cli.main(args=None if arguments is None else list(arguments), standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        return EXIT_OPERATOR
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except (OperatorError, StoreUnavailable) as error:
+        click.echo(f"elasticd: error: {error}", err=True)
+        return EXIT_OPERATOR
+    except BrokenPipeError:  # the reader has seen enough; nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    main()
