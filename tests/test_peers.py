@@ -91,6 +91,8 @@ def test_a_killed_peer_is_known_at_once(other: str) -> None:
             assert isinstance(event, PeerDown)
             assert event.how is Down.REFUSED
             assert at - killed_at < FAST.dead_after_s  # evidence, not silence
+            assert event.silence_s is not None
+            assert event.silence_s < FAST.dead_after_s
 
     asyncio.run(scenario())
 
@@ -104,6 +106,8 @@ def test_a_stopped_peer_is_known_by_its_silence_and_comes_back(other: str) -> No
             event = here.last
             assert isinstance(event, PeerDown)
             assert event.how is Down.SILENT
+            assert event.silence_s is not None
+            assert event.silence_s >= FAST.dead_after_s - FAST.heartbeat_s
             child.send_signal(18)
             await eventually(lambda: isinstance(here.last, PeerUp))
 

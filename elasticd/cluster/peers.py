@@ -57,6 +57,7 @@ class PeerLinks:
         self._incoming: dict[PeerAddress, asyncio.Queue[_Connection]] = {}
         self._live: set[_Connection] = set()
         self._said: dict[PeerAddress, Down | None] = {}
+        self._heard_at: dict[PeerAddress, float] = {}
         self._server: asyncio.Server | None = None
         self._monitor: asyncio.Task[None] | None = None
         self._callers: set[asyncio.Task[None]] = set()
@@ -80,6 +81,7 @@ class PeerLinks:
             self._tasks.pop(gone).cancel()
             self._incoming.pop(gone, None)
             self._said.pop(gone, None)
+            self._heard_at.pop(gone, None)
         for peer in peers - set(self._tasks):
             self._incoming[peer] = asyncio.Queue()
             keep = self._dial_and_keep if self._me < peer.node_id else self._await_and_keep
@@ -119,7 +121,7 @@ class PeerLinks:
             if not await self._greeted(connection, peer):
                 return Down.REFUSED
             self._say(peer, None)
-            return Down.SILENT if await self._until_end(connection) else None
+            return Down.SILENT if await self._until_end(connection, peer) else None
         finally:
             self._drop(connection)
 
@@ -151,7 +153,7 @@ class PeerLinks:
                 patience_s = MAX_BACKOFF_S
                 continue
             self._say(peer, None)
-            silent = await self._until_end(connection)
+            silent = await self._until_end(connection, peer)
             self._drop(connection)
             patience_s = self._settings.dead_after_s
             how = Down.SILENT if silent else await self._why_ended(peer)
@@ -218,7 +220,7 @@ class PeerLinks:
         except asyncio.LimitOverrunError:
             return None
 
-    async def _until_end(self, connection: _Connection) -> bool:
+    async def _until_end(self, connection: _Connection, peer: PeerAddress) -> bool:
         """Waits until the link ends. True when it fell silent, False at end-of-file."""
         connection.heard_at = time.monotonic()
         self._live.add(connection)
@@ -229,6 +231,7 @@ class PeerLinks:
             pass
         finally:
             self._live.discard(connection)
+        self._heard_at[peer] = connection.heard_at
         return connection.silent
 
     async def _beat(self) -> None:
@@ -257,7 +260,8 @@ class PeerLinks:
         if down is None:
             self._post(PeerUp(node_id=peer.node_id, boot_id=peer.boot_id))
         else:
-            self._post(PeerDown(node_id=peer.node_id, boot_id=peer.boot_id, how=down))
+            silence_s = time.monotonic() - self._heard_at[peer] if peer in self._heard_at else None
+            self._post(PeerDown(node_id=peer.node_id, boot_id=peer.boot_id, how=down, silence_s=silence_s))
 
     def _drop(self, connection: _Connection) -> None:
         self._live.discard(connection)

@@ -156,10 +156,11 @@ class Machine:
     def _link_changed(self, event: messages.PeerUp | messages.PeerDown, now: float) -> Iterator[Effect]:
         down = event.how if isinstance(event, messages.PeerDown) else None
         self.links[event.node_id] = Link(boot_id=event.boot_id, down=down, since=now)
-        if down is None:
-            yield Report(event="peer_up", details=(("peer", event.node_id),))
+        peer = ("peer", event.node_id)
+        if isinstance(event, messages.PeerDown):
+            yield Report(event="peer_down", details=(peer, ("how", event.how.value), ("silence_s", event.silence_s)))
         else:
-            yield Report(event="peer_down", details=(("peer", event.node_id), ("how", down.value)))
+            yield Report(event="peer_up", details=(peer,))
 
     def _shutdown(self, event: messages.ShutdownRequested, now: float) -> Iterator[Effect]:
         if self.leaving_since is None:

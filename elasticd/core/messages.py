@@ -77,9 +77,12 @@ class PeerUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerDown:
+    """``silence_s``: since the peer was last heard; None when it never was. For the metrics: nothing is decided by it."""
+
     node_id: NodeId
     boot_id: BootId
     how: Down
+    silence_s: float | None = None
 
 
 # --- Events: the agent and its workers ------------------------------------------------------------

@@ -49,6 +49,7 @@ class StoreKeeper:
         self._closing = threading.Event()
         self._reload = threading.Event()
         self._down = False
+        self._answered_at: float | None = None
         self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._guarded, args=(run,), name=f"store-{name}", daemon=True)
@@ -58,6 +59,11 @@ class StoreKeeper:
     @property
     def reachable(self) -> bool:
         return not self._down
+
+    @property
+    def answered_at(self) -> float | None:
+        """When the store last answered a read or a keepalive, on the monotonic clock; None before the first answer."""
+        return self._answered_at
 
     def start(self) -> None:
         for thread in self._threads:
@@ -148,6 +154,7 @@ class StoreKeeper:
     def _seen_up(self) -> None:
         with self._lock:
             was, self._down = self._down, False
+            self._answered_at = time.monotonic()
         if was:
             log.info("etcd answers again")
             self._post(messages.StoreBack())
