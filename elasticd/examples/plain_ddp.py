@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import time
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def resume(path: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> int
 
 
 def train(arguments: argparse.Namespace) -> None:
-    dist.init_process_group("gloo")
+    timeout = timedelta(seconds=arguments.group_timeout) if arguments.group_timeout else None
+    dist.init_process_group("gloo", timeout=timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
     images, labels = digits()
@@ -78,7 +80,8 @@ def train(arguments: argparse.Namespace) -> None:
             optimizer.step()
             time.sleep(max(0.0, ends_at - time.monotonic()))
             line = {"t": time.monotonic(), "step": step + 1, "world": world, "rank": rank, "loss": loss.item()}
-            ledger.write(json.dumps(line | {"round": int(os.environ.get("ELASTICD_ROUND", "0"))}) + "\n")
+            line |= {"pid": os.getpid(), "round": int(os.environ.get("ELASTICD_ROUND", "0"))}
+            ledger.write(json.dumps(line) + "\n")
             if rank == 0 and (step + 1) % arguments.print_every == 0:
                 print(f"step {step + 1} world {world} loss {loss.item():.4f}", flush=True)
             if rank == 0 and arguments.checkpoint and (step + 1) % arguments.save_every == 0:
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="", help="file to resume from and to save to")
     parser.add_argument("--save-every", type=int, default=10, help="steps between two checkpoints")
     parser.add_argument("--print-every", type=int, default=10)
+    parser.add_argument("--group-timeout", type=float, default=0.0, help="seconds; 0: torch's default, half an hour")
     parser.add_argument("--ledger", help="append a JSON line for each completed step of each rank to this file")
     train(parser.parse_args())
 
