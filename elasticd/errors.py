@@ -63,6 +63,10 @@ class Fenced(ElasticdError):
     """A newer round stands without this node: whatever it was doing no longer counts."""
 
 
+class StepsDiverged(ElasticdError):
+    """The ranks of a job are in different steps: what they compute together means nothing."""
+
+
 # --- The job's budget decides ---
 
 

@@ -21,6 +21,8 @@ from elasticd.errors import CheckpointInvalid, ProtocolError
 #: Version of manifest.json. A higher one comes from a newer elasticd, and is not guessed at.
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
+#: DCP's own index of the tensors, a pickle: it must be among the files, so that it is checked before it is read.
+METADATA_NAME = ".metadata"
 
 _COMPLETE = re.compile(r"step-(\d+)")
 _TEMPORARY = re.compile(r"step-(\d+)\.r(\d+)\.tmp")
@@ -55,8 +57,7 @@ class Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """JSON that carries its own checksum: a flipped digit in a size or a step must not pass for another value."""
-    body = to_plain(manifest)
-    sealed = {"crc32": zlib.crc32(to_json(manifest).encode()), "manifest": body}
+    sealed = {"crc32": checksum(manifest), "manifest": to_plain(manifest)}
     return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -74,9 +75,16 @@ def decode_manifest(content: bytes) -> Manifest:
         manifest = from_plain(Manifest, body)
     except ProtocolError as error:
         raise CheckpointInvalid(f"{MANIFEST_NAME} is damaged: {error}") from error
-    if zlib.crc32(to_json(manifest).encode()) != sealed.get("crc32"):
+    if checksum(manifest) != sealed.get("crc32"):
         raise CheckpointInvalid(f"{MANIFEST_NAME} does not match its own checksum")
+    if METADATA_NAME not in (entry.name for entry in manifest.files):
+        raise CheckpointInvalid(f"{MANIFEST_NAME} says nothing of {METADATA_NAME}")
     return manifest
+
+
+def checksum(manifest: Manifest) -> int:
+    """What tells two manifests apart: CRC32 of the canonical JSON."""
+    return zlib.crc32(to_json(manifest).encode())
 
 
 def complete_name(step: int) -> str:

@@ -1,8 +1,8 @@
 """Restoring: the newest checkpoint that verifies, the same one on every rank, resharded onto the world at hand.
 
-Rank 0 chooses (it reads every byte and compares checksums) and says which one; the others take that one, after they
-have checked its manifest, its sizes and the checksum of the metadata. Only then is anything unpickled. Loading needs no
-collective: each rank reads what its own shards need.
+Rank 0 chooses (it reads every byte and compares checksums) and says which one, by step and checksum of the manifest;
+the others take that one, after they have checked that they see the same manifest, its sizes and the checksum of the
+metadata. Only then is anything unpickled. Loading needs no collective: each rank reads what its own shards need.
 
 Not here: the form of the state (worker/state.py). A checkpoint without a manifest is passed over, for now.
 """
@@ -22,13 +22,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.manifest import Manifest, complete_name
+from elasticd.checkpoint.manifest import METADATA_NAME, Manifest, checksum, complete_name
 from elasticd.errors import CheckpointInvalid, ConfigError
 
 log = logging.getLogger(__name__)
 
 _NONE = -1
-_METADATA_NAME = ".metadata"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,27 +61,33 @@ def find_newest(directory: Path) -> tuple[Found | None, list[PassedOver]]:
 def agree_on_newest(directory: Path, group: dist.ProcessGroup | None) -> Found | None:
     """Collective over ``group`` (None: a world of one). What rank 0 found, or None where there is nothing to restore.
 
-    CheckpointInvalid on a rank that sees another directory than rank 0 does.
+    ConfigError on a rank that sees another directory than rank 0 does.
     """
     if group is None:
         return _choose(directory)
     found = _choose(directory) if dist.get_rank(group) == 0 else None
-    choice = torch.tensor([found.manifest.step if found else _NONE], dtype=torch.int64)
+    choice = torch.tensor([_NONE, 0], dtype=torch.int64)
+    if found is not None:
+        choice = torch.tensor([found.manifest.step, checksum(found.manifest)], dtype=torch.int64)
     dist.broadcast(choice, src=0, group=group)
-    step = int(choice.item())
+    step, seal = choice.tolist()
     if found is not None or step == _NONE:
         return found
     path = directory / complete_name(step)
-    manifest = storage.read_manifest(path)
-    storage.check_sizes(path, manifest)
-    storage.check_contents(path, tuple(entry for entry in manifest.files if entry.name == _METADATA_NAME))
-    return Found(path=path, manifest=manifest)
+    try:
+        return Found(path=path, manifest=_recognise(path, seal))
+    except CheckpointInvalid as error:
+        raise ConfigError(
+            f"rank 0 found a checkpoint of step {step} in {directory}, rank {dist.get_rank(group)} does not ({error}): "
+            "all ranks must see the same directory"
+        ) from error
 
 
 def load_into(state: dict[str, Any], path: Path) -> None:
     """Fill ``state`` (tensors in place, the rest replaced) from a checkpoint that has been verified.
 
-    ConfigError when the checkpoint holds another model or optimizer than the state asks for.
+    ConfigError when the checkpoint holds another model or optimizer than the state asks for, CheckpointInvalid when it
+    could not be read after all.
     """
     try:
         with warnings.catch_warnings():
@@ -90,7 +95,19 @@ def load_into(state: dict[str, Any], path: Path) -> None:
             dcp_load(state, storage_reader=FileSystemReader(path), no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, OSError):
+            raise CheckpointInvalid(f"checkpoint {path} could not be read: {cause}") from error
         raise ConfigError(f"checkpoint {path} does not fit what was registered: {cause}") from error
+
+
+def _recognise(path: Path, seal: int) -> Manifest:
+    """The manifest that rank 0 means, when what this rank sees of the checkpoint fits it."""
+    manifest = storage.read_manifest(path)
+    if checksum(manifest) != seal:
+        raise CheckpointInvalid("it is another checkpoint of the same step")
+    storage.check_sizes(path, manifest)
+    storage.check_contents(path, tuple(entry for entry in manifest.files if entry.name == METADATA_NAME))
+    return manifest
 
 
 def _choose(directory: Path) -> Found | None:

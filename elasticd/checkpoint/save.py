@@ -10,6 +10,7 @@ Not here: what the state is (worker/state.py), when to save (worker/session.py),
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 import warnings
@@ -28,10 +29,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.manifest import FileEntry, Manifest, complete_name, temporary_name
+from elasticd.checkpoint.manifest import METADATA_NAME, FileEntry, Manifest, complete_name, temporary_name
 from elasticd.errors import CheckpointInvalid, SaveFailed
 
-_METADATA_NAME = ".metadata"
+log = logging.getLogger(__name__)
+
 #: How a rank's file entries travel to rank 0 among DCP's own results; no tensor can have this name.
 _ENTRY_KEY = "\0elasticd.file"
 
@@ -77,11 +79,18 @@ class Saver:
             fresh = not _already_there(error)
             if fresh:
                 self._clear(writer, temporary)
-                raise SaveFailed(f"checkpoint of step {step} was not saved: {_first_reason(error)}") from error
+                raise _as_raised(step, error) from error
         if fresh and writer.is_coordinator:
-            storage.prune(self._directory, newest=step, keep=self._keep, round_number=self._round_number)
+            self._prune(step)
         path = self._directory / complete_name(step)
         return Saved(step=step, path=path, seconds=time.monotonic() - started, fresh=fresh)
+
+    def _prune(self, newest: int) -> None:
+        """The checkpoint stands: that an old one could not be removed is no reason to fail."""
+        try:
+            storage.prune(self._directory, newest=newest, keep=self._keep, round_number=self._round_number)
+        except OSError as error:
+            log.warning("elasticd: old checkpoints were not removed: %s", error)
 
     def _clear(self, writer: _Writer, temporary: Path) -> None:
         if writer.is_coordinator:
@@ -126,7 +135,7 @@ class _Writer(FileSystemWriter):
         """On rank 0, when all ranks have written: the metadata, the manifest, and the final name."""
         files = [result.storage_data for part in results for result in part if _is_entry(result)]
         super().finish(metadata, [[result for result in part if not _is_entry(result)] for part in results])
-        files.append(storage.seal_file(self._temporary / _METADATA_NAME))
+        files.append(storage.seal_file(self._temporary / METADATA_NAME))
         manifest = Manifest(
             step=self._step,
             world_size=self._world_size,
@@ -164,6 +173,10 @@ def _already_there(error: CheckpointException) -> bool:
     return any(isinstance(cause, _AlreadyThereError) for cause, _ in error.failures.values())
 
 
-def _first_reason(error: CheckpointException) -> str:
+def _as_raised(step: int, error: CheckpointException) -> BaseException:
+    """DCP wraps whatever was raised; an interrupt or an exit is no failure of the storage, and stays what it was."""
+    for cause, _ in error.failures.values():
+        if not isinstance(cause, Exception):
+            return cause
     rank, (cause, _) = min(error.failures.items())
-    return f"rank {rank}: {cause}"
+    return SaveFailed(f"checkpoint of step {step} was not saved: rank {rank}: {cause}")

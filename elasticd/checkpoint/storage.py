@@ -31,7 +31,10 @@ _CHUNK_BYTES = 4 * 1024 * 1024
 def open_directory(directory: Path) -> None:
     """Make the checkpoint directory and try to write there. ConfigError when that does not work."""
     try:
+        missing = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            _flush(path.parent)  # a checkpoint is only as durable as the names on the way to it
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
@@ -144,21 +147,20 @@ def set_aside(path: Path) -> None:
 
 
 def prune(directory: Path, *, newest: int, keep: int, round_number: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to step ``newest``. Ones that are torn do not count."""
-    kept = 0
-    for step in complete_steps(directory):
-        if step > newest:
-            continue
-        path = directory / complete_name(step)
-        if kept < keep and _looks_whole(path):
-            kept += 1
-        elif step != newest:
-            # Renamed first: a directory that is half removed must never pass for a checkpoint.
-            doomed = path.rename(directory / temporary_name(step, round_number))
-            shutil.rmtree(doomed, ignore_errors=True)
+    """Remove all but the newest ``keep`` checkpoints up to step ``newest``.
+
+    What is torn, or was written by a newer elasticd, does not count and stays: it is for a person to judge. OSError
+    when the storage refuses.
+    """
+    whole = [step for step in complete_steps(directory) if step <= newest and _looks_whole(directory, step)]
+    for step in whole[keep:]:
+        # Renamed first: a directory that is half removed must never pass for a checkpoint.
+        doomed = (directory / complete_name(step)).rename(directory / temporary_name(step, round_number))
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _looks_whole(path: Path) -> bool:
+def _looks_whole(directory: Path, step: int) -> bool:
+    path = directory / complete_name(step)
     try:
         check_sizes(path, read_manifest(path))
     except CheckpointInvalid:

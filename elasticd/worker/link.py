@@ -1,9 +1,9 @@
 """The training process's connection to its daemon. It serves training, and never holds it up.
 
 Two daemon threads, one that reads and one that writes, so that a slow or dead daemon costs the step nothing: what is to
-be said is handed over under a lock, step reports are folded together when they come faster than they may be sent, and
-once the connection is lost everything that is posted is dropped. There is no way back to a daemon that died: its
-workers die with it.
+be said is handed over under a lock, step reports are folded into one when they come faster than they may be sent (in
+constant memory, however long the daemon does not read), and once the connection is lost everything that is posted is
+dropped. There is no way back to a daemon that died: its workers die with it.
 
 Not here: what a boundary or a lost fence means to training (session.py).
 """
@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from elasticd.channel import Channel, Message
 from elasticd.errors import ChannelClosed, ProtocolError
@@ -38,6 +38,37 @@ class StepReport:
     metrics: Mapping[str, float]
 
 
+@dataclass(slots=True)
+class Folded:
+    """What several reports say together: the latest step and metrics, mean seconds, all the samples."""
+
+    steps: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    samples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def add(self, report: StepReport) -> None:
+        self.steps += 1
+        self.step, self.metrics = report.step, report.metrics
+        self.seconds += report.seconds
+        self.wait_seconds += report.wait_seconds
+        self.samples += report.samples
+
+    def message(self, round_number: int) -> Message:
+        return {
+            "type": "step",
+            "round": round_number,
+            "step": self.step,
+            "steps": self.steps,
+            "seconds": self.seconds / self.steps,
+            "wait_seconds": self.wait_seconds / self.steps,
+            "samples": self.samples,
+            "metrics": dict(self.metrics),
+        }
+
+
 class DaemonLink:
     """ChannelClosed from the constructor when nobody listens at ``path``."""
 
@@ -52,7 +83,7 @@ class DaemonLink:
         self._drained = threading.Event()
         self._ready = threading.Condition()
         self._outbox: deque[Message] = deque([hello])
-        self._reports: list[StepReport] = []
+        self._reports = Folded()
         self._closing = False
         self._next_report_at = 0.0
         for target, channel in ((self._read, reader), (self._write, Channel(self._socket))):
@@ -71,7 +102,7 @@ class DaemonLink:
     def report(self, report: StepReport) -> None:
         with self._ready:
             if not self._closed.is_set():
-                self._reports.append(report)
+                self._reports.add(report)
                 self._ready.notify()
 
     def post(self, message: Message) -> None:
@@ -125,42 +156,28 @@ class DaemonLink:
         with self._ready:
             while True:
                 delay_s = 0.0 if self._outbox or self._closing else self._next_report_at - time.monotonic()
-                if self._reports and delay_s <= 0 and not self._hello_pending:
+                if self._reports.steps and delay_s <= 0 and not self._hello_pending:
                     return self._take_reports()
                 if self._outbox:
                     return self._outbox.popleft()
                 if self._closing or self._closed.is_set():
                     return None
-                self._ready.wait(delay_s if self._reports else None)
+                self._ready.wait(delay_s if self._reports.steps else None)
 
     @property
     def _hello_pending(self) -> bool:
         return bool(self._outbox) and self._outbox[0]["type"] == "worker_hello"
 
     def _take_reports(self) -> Message:
-        message = fold(self._reports)
-        self._reports = []
+        reports, self._reports = self._reports, Folded()
         self._next_report_at = time.monotonic() + 1.0 / MAX_REPORTS_PER_S
-        return {"type": "step", "round": self._round_number, **message}
+        return reports.message(self._round_number)
 
     def _hang_up(self) -> None:
         self._closed.set()
         with contextlib.suppress(OSError):  # hung up already
             self._socket.shutdown(socket.SHUT_RDWR)
         with self._ready:
-            self._reports.clear()
+            self._reports = Folded()
             self._outbox.clear()
             self._ready.notify()
-
-
-def fold(reports: list[StepReport]) -> Message:
-    """One message for several steps: the latest step and metrics, mean seconds, all the samples."""
-    count, latest = len(reports), reports[-1]
-    return {
-        "step": latest.step,
-        "steps": count,
-        "seconds": sum(report.seconds for report in reports) / count,
-        "wait_seconds": sum(report.wait_seconds for report in reports) / count,
-        "samples": sum(report.samples for report in reports),
-        "metrics": dict(latest.metrics),
-    }

@@ -42,10 +42,11 @@ from elasticd.checkpoint import storage
 from elasticd.checkpoint.restore import agree_on_newest, load_into
 from elasticd.checkpoint.save import Saved, Saver
 from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed
+from elasticd.torch_defects import keep_destroyed_groups
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
 from elasticd.worker.link import DaemonLink, StepReport
-from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, seed_random
+from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, derive_seed, seed_random
 from elasticd.worker.step import Step
 from elasticd.worker.waiting import GradientWait
 from elasticd.worker.world import Place, choose_device, join_world, make_side_group
@@ -62,7 +63,8 @@ class Session:
     ``checkpoint_dir`` must be the same directory for all ranks (one host, or a shared file system); without it nothing
     is saved. ``save_every_steps``: 0 saves only at stops and at the end. ``keep``: how many checkpoints stay.
     ``seed`` seeds the random states and the order of samples. ``device`` overrides the choice of the GPU of this local
-    rank. ``save_timeout_s``: for how long a save waits for a rank that is silent (one that died fails it at once).
+    rank. ``save_timeout_s``: for how long a save waits for a rank that is silent (one that died fails it at once). It
+    must be longer than the slowest rank takes to write its part: a save that times out ends the process.
 
     ConfigError when the directory is not writable or the environment is not whole.
     """
@@ -75,7 +77,7 @@ class Session:
         keep: int = 3,
         seed: int | None = None,
         device: str | None = None,
-        save_timeout_s: float = 20.0,
+        save_timeout_s: float = 300.0,
     ) -> None:
         _show_operator_errors_as_one_line()
         if save_every_steps < 0 or keep < 1:
@@ -86,26 +88,28 @@ class Session:
         if self._directory is not None:
             storage.open_directory(self._directory)
         self._made_world = join_world(self._place, self.device)
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._control = Control()
         self._save_every_steps, self._seed = save_every_steps, seed or 0
         self._saver = self._make_saver(keep, save_timeout_s)
         self._link = _connect(self._place)
-        self._registered = Registered()
+        self._registered: Registered | None = None
         self._waiting = GradientWait()
-        self._restored = False
+        self._restored = self._in_step = False
         self._completed = 0
         self._saved_step = -1
         self.cursor = Cursor()
+        self.dataset_size = 0
         if seed is not None:
             seed_random(seed)
 
     @property
     def rank(self) -> int:
-        return dist.get_rank()
+        return self._rank
 
     @property
     def world_size(self) -> int:
-        return dist.get_world_size()
+        return self._world_size
 
     @property
     def local_rank(self) -> int:
@@ -136,6 +140,8 @@ class Session:
 
         ``extra``: whatever else has ``state_dict`` and ``load_state_dict``, by name: a scheduler, for one.
         """
+        if self._registered is not None or self._restored:
+            raise RuntimeError("call session.register() once, with everything, before session.restore()")
         if optimizer is not None and model is None:
             raise ValueError("an optimizer is saved by the names of its model's parameters: register the model too")
         self._registered = Registered(model=model, optimizer=optimizer, extra=dict(extra or {}))
@@ -145,8 +151,10 @@ class Session:
     def restore(self) -> int:
         """Collective. Take up the newest checkpoint that verifies; the number of completed steps (0: a fresh start).
 
-        ConfigError when the checkpoint is not of the model and optimizer that are registered.
+        ConfigError when the checkpoint is not of the model and optimizer that are registered, was made with another
+        seed, or is not there for every rank.
         """
+        registered = self._known()
         self._restored = True
         if self._directory is None:
             return self._completed
@@ -154,17 +162,19 @@ class Session:
         if found is None:
             return self._completed
         own = self._own_state(with_random=self.rank < found.manifest.world_size)
-        state = self._registered.capture() | own
+        state = registered.capture() | own
         load_into(state, found.path)
-        self._registered.apply(state)
+        registered.apply(state)
         self._take_own_state(state, found.manifest.step)
         return self._completed
 
     def steps(self, until: int | None = None) -> Iterator[Step]:
         """The steps to come, up to ``until`` completed ones in all. Each is to be used as ``with step:``.
 
-        A step whose block did not complete is yielded again. Saves, stops and the final checkpoint happen in between.
-        Fenced when a newer round stands without this process; SystemExit after a stop, when the daemon is gone.
+        A step whose block raised is not counted: if the script goes on all the same, on every rank, it is yielded
+        again. Saves, stops and the final checkpoint (at ``until``; call ``save`` when you leave earlier) happen in
+        between. StepsDiverged when the ranks are not in the same step. Fenced when a newer round stands without this
+        process; SystemExit after a stop, when the daemon is gone.
         """
         self._check_ready()
         while until is None or self._completed < until:
@@ -186,9 +196,11 @@ class Session:
 
         SaveFailed when the storage refused.
         """
+        if self._in_step:
+            raise RuntimeError("save between two steps: a half-done step cannot be taken up again")
         if self._saver is None or self._saved_step == self._completed:
             return None
-        saved = self._saver.save(self._registered.capture() | self._own_state(with_random=True), self._completed)
+        saved = self._saver.save(self._known().capture() | self._own_state(with_random=True), self._completed)
         self._saved_step = self._completed
         if self.rank == 0 and self._link is not None:
             self._link.post({"type": "commit", "step": saved.step, "path": str(saved.path), "seconds": saved.seconds})
@@ -199,6 +211,7 @@ class Session:
         if self._link is not None:
             self._link.close()
         if self._made_world and dist.is_initialized():
+            keep_destroyed_groups()
             dist.destroy_process_group()
 
     def __enter__(self) -> Session:
@@ -212,14 +225,19 @@ class Session:
     def begin(self) -> None:
         if self._link is not None and self._link.refusal:
             raise Fenced(f"checkpoint refused: {self._link.refusal}")
+        self._in_step = True
         self._waiting.take()
-        self._control.start(stop_wanted=self._link is not None and self._link.boundary_wanted)
+        self._control.start(self._completed, stop_wanted=self._link is not None and self._link.boundary_wanted)
+
+    def abandon(self) -> None:
+        self._in_step = False
 
     def complete(self, step: Step) -> None:
+        self._in_step = False
         step.stop_agreed, blocked_s = self._control.finish()
         seconds = time.monotonic() - step.started_at
         self._completed = step.index + 1
-        self.cursor = step.next_cursor
+        self.cursor, self.dataset_size = step.next_cursor, step.dataset_size
         if self._link is not None:
             self._link.report(
                 StepReport(
@@ -233,19 +251,25 @@ class Session:
 
     def _own_state(self, *, with_random: bool) -> dict[str, Any]:
         cursor = {"epoch": self.cursor.epoch, "index": self.cursor.index}
-        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, "cursor": cursor})}
+        data = {"cursor": cursor, "seed": self._seed, "dataset_size": self.dataset_size}
+        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, **data})}
         if with_random:
             state["random"] = {str(self.rank): capture_random(self.device)}
         return state
 
     def _take_own_state(self, state: dict[str, Any], step: int) -> None:
         own = json.loads(state["session"])
+        if own["seed"] != self._seed:
+            raise ConfigError(
+                f"the checkpoint of step {step} in {self._directory} was made with seed {own['seed']}, not "
+                f"{self._seed}: samples would be skipped and repeated; use that seed, or another directory"
+            )
         self._completed = self._saved_step = step
-        self.cursor = Cursor(**own["cursor"])
+        self.cursor, self.dataset_size = Cursor(**own["cursor"]), own["dataset_size"]
         if "random" in state:
             apply_random(state["random"][str(self.rank)], self.device)
         else:
-            seed_random(hash((self._seed, step, self.rank)))
+            seed_random(derive_seed(self._seed, step, self.rank))
 
     def _make_saver(self, keep: int, timeout_s: float) -> Saver | None:
         if self._directory is None:
@@ -259,7 +283,14 @@ class Session:
             keep=keep,
         )
 
+    def _known(self) -> Registered:
+        if self._registered is None:
+            raise RuntimeError("a checkpoint would hold nothing: call session.register(model=..., optimizer=...) first")
+        return self._registered
+
     def _check_ready(self) -> None:
+        if self._directory is not None:
+            self._known()
         if self._directory is not None and not self._restored and storage.complete_steps(self._directory):
             raise ConfigError(
                 f"{self._directory} holds checkpoints of an earlier run: call session.restore() or name another one"

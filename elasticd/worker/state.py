@@ -10,6 +10,7 @@ Not here: files (checkpoint/), and the data order, which needs no random state (
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import logging
 import random
@@ -71,8 +72,10 @@ def capture_random(device: torch.device) -> str:
     if device.type == "cuda":
         states["cuda"] = _pack(torch.cuda.get_rng_state(device))
     if (numpy := sys.modules.get("numpy")) is not None:
-        kind, keys, *rest = numpy.random.get_state()
-        states["numpy"] = [kind, keys.tolist(), *rest]
+        state = numpy.random.get_state()
+        if isinstance(state, tuple):  # a generator that the script has put in place of NumPy's own is left to it
+            kind, keys, *rest = state
+            states["numpy"] = [kind, keys.tolist(), *rest]
     return json.dumps(states)
 
 
@@ -89,6 +92,12 @@ def apply_random(text: str, device: torch.device) -> None:
             numpy.random.set_state(tuple(states["numpy"]))
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         log.warning("elasticd: random states were not restored: %s", error)
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed of 63 bits, the same for the same parts in every process and version of Python, which hash() is not."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
 
 
 def seed_random(seed: int) -> None:

@@ -18,6 +18,7 @@ class Host(Protocol):
     """What a step needs of its session."""
 
     cursor: Cursor
+    dataset_size: int
 
     @property
     def seed(self) -> int: ...
@@ -32,6 +33,8 @@ class Host(Protocol):
 
     def complete(self, step: Step) -> None: ...
 
+    def abandon(self) -> None: ...
+
 
 class Step:
     """``with step:`` does it. Completed when the block ends without an exception."""
@@ -43,11 +46,15 @@ class Step:
         self.started_at = 0.0
         self.metrics: dict[str, float] = {}
         self.samples = 0
+        #: The size of the data set that batch_indices was told; 0 when it was not called.
+        self.dataset_size = host.dataset_size
         self._host = host
         self._next_cursor = host.cursor
         self._loss_scale = 1.0
 
     def __enter__(self) -> Step:
+        if self.entered:
+            raise RuntimeError("a step is used once: take the next one from session.steps()")
         self.entered = True
         self._host.begin()
         self.started_at = time.monotonic()
@@ -57,6 +64,8 @@ class Step:
         if error is None:
             self._host.complete(self)
             self.completed = True
+        else:
+            self._host.abandon()
 
     @property
     def next_cursor(self) -> Cursor:
@@ -67,13 +76,15 @@ class Step:
         """The sample ids of this rank's share of the step's global batch. Empty when there are more ranks than samples.
 
         The batch as a whole does not depend on the world: ``global_batch`` samples after the cursor, in the order given
-        by (seed, epoch). Calling it again in the same step gives the same ids. ValueError when a batch does not fit.
+        by (seed, epoch). Calling it again in the same step gives the same ids. ValueError when a batch does not fit, or
+        when the data set has changed its size in the middle of an epoch: samples would be skipped or repeated.
         """
         if not 0 < global_batch <= dataset_size:
             raise ValueError(f"a global batch of {global_batch} does not fit a data set of {dataset_size} samples")
-        cursor = self._host.cursor
-        if cursor.index >= dataset_size:
-            raise ValueError(f"the data set has {dataset_size} samples, fewer than it had before the restart")
+        cursor, known = self._host.cursor, self._host.dataset_size
+        if cursor.index and dataset_size != known:
+            raise ValueError(f"the data set has {dataset_size} samples, but had {known} when this epoch began")
+        self.dataset_size = dataset_size
         positions = shard(global_batch, self._host.rank, self._host.world_size)
         self._next_cursor = cursor.advanced(global_batch, dataset_size)
         self._loss_scale = len(positions) * self._host.world_size / global_batch

@@ -17,6 +17,8 @@ from torch._C._distributed_c10d import HashStore
 
 from elasticd.errors import ConfigError
 
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -35,15 +37,18 @@ class Place:
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Place:
         """ConfigError when a number is not one, or only some of torchrun's variables are set."""
         env = os.environ if environment is None else environment
-        launched = "RANK" in env
-        if launched and not ("WORLD_SIZE" in env and "MASTER_ADDR" in env and "MASTER_PORT" in env):
+        launched = bool(env.get("RANK") or env.get("WORLD_SIZE"))
+        if launched and (missing := [name for name in _TORCHRUN if not env.get(name)]):
             raise ConfigError(
-                "RANK is set, but not WORLD_SIZE, MASTER_ADDR and MASTER_PORT: start it with elasticd run"
+                f"of torchrun's environment variables {', '.join(missing)} must be set too: start it with elasticd run"
             )
+        rank, world_size = _number(env, "RANK", 0), _number(env, "WORLD_SIZE", 1)
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"environment variable RANK is {rank}, and WORLD_SIZE is {world_size}: no such rank")
         return cls(
-            rank=_number(env, "RANK", 0),
+            rank=rank,
             local_rank=_number(env, "LOCAL_RANK", 0),
-            world_size=_number(env, "WORLD_SIZE", 1),
+            world_size=world_size,
             job_id=env.get("ELASTICD_JOB_ID") or env.get("TORCHELASTIC_RUN_ID", ""),
             node_id=env.get("ELASTICD_NODE_ID", ""),
             round_number=_number(env, "ELASTICD_ROUND", _number(env, "TORCHELASTIC_RESTART_COUNT", 0)),
@@ -54,15 +59,14 @@ class Place:
 
 def choose_device(place: Place, wanted: str | None) -> torch.device:
     """The GPU of this local rank where there is CUDA, otherwise the CPU. ConfigError when there are too few GPUs."""
-    if wanted is not None:
-        device = torch.device(wanted)
-    elif torch.cuda.is_available():
-        device = torch.device("cuda", place.local_rank)
-    else:
-        device = torch.device("cpu")
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device {wanted!r} is none that torch knows; say 'cpu' or 'cuda'") from error
     if device.type == "cuda":
+        device = torch.device("cuda", place.local_rank if device.index is None else device.index)
         count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
+        if device.index >= count:
             raise ConfigError(
                 f"local rank {place.local_rank} has no GPU: this node has {count}; lower --nproc-per-node"
             )
