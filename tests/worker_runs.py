@@ -1,31 +1,129 @@
-"""Training processes for tests: scripts run by plain torchrun or python, and a scripted daemon at their socket."""
+"""Training processes for tests: worlds of forked ranks, scripts in fresh interpreters, and a scripted daemon at the socket."""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import multiprocessing
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-GPT = ["-m", "elasticd.examples.byte_gpt", "--length", "16", "--width", "16", "--print-every", "1000"]
+#: A process that has torch, and forks the ranks: one import for all tests instead of one for each rank (4 s).
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["elasticd.worker.session", "elasticd.examples.byte_gpt", "torch.distributed.fsdp"])
 
 
 def environment(**extra: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ELASTICD_", "TORCHELASTIC_", "RANK"))}
+    unwanted = ("ELASTICD_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
     return clean | {"OMP_NUM_THREADS": "1"} | extra
+
+
+class Rank:
+    """A forked process that calls a function, in torchrun's environment but without its agent: nothing restarts it."""
+
+    def __init__(self, target: Callable[..., object], arguments: tuple[object, ...], env: dict[str, str]) -> None:
+        self._log = tempfile.NamedTemporaryFile(prefix="rank-", suffix=".log")  # noqa: SIM115 - as long as the rank
+        # The fork server is started by the first process, and torch reads this when it is imported.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        self._process = _FORKS.Process(target=_become, args=(target, arguments, env, self._log.name), daemon=True)
+        self._process.start()
+
+    @property
+    def output(self) -> str:
+        return Path(self._log.name).read_text()
+
+    @property
+    def running(self) -> bool:
+        return self._process.exitcode is None
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout_s: float = 60) -> int:
+        """The exit status; negative for a signal."""
+        self._process.join(timeout_s)
+        assert self._process.exitcode is not None, f"still runs after {timeout_s:g} s: {self.output}"
+        return self._process.exitcode
+
+    def close(self) -> None:
+        self.kill()
+        self._process.join()
+        self._process.close()
+        self._log.close()
+
+
+def _become(target: Callable[..., object], arguments: tuple[object, ...], env: dict[str, str], log: str) -> None:
+    import torch
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the tests
+    os.environ.clear()
+    os.environ.update(env)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    try:
+        target(*arguments)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as the interpreter would, which multiprocessing does not
+        sys.exit(1)
+    finally:
+        sys.stdout.flush()
+
+
+@contextmanager
+def world(size: int, target: Callable[..., object], *arguments: object, **env: str) -> Iterator[list[Rank]]:
+    """``size`` ranks that call ``target(*arguments)``: a function of a test module, or of ``byte_gpt``."""
+    base = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **env}
+    with ExitStack() as stack:
+        ranks = []
+        for rank in range(size):
+            own = environment(**base, RANK=str(rank), LOCAL_RANK=str(rank))
+            ranks.append(Rank(target, arguments, own))
+            stack.callback(ranks[-1].close)
+        yield ranks
+
+
+@contextmanager
+def alone(target: Callable[..., object], *arguments: object, **env: str) -> Iterator[Rank]:
+    """One process as plain python starts it: a world of one without torchrun's variables."""
+    rank = Rank(target, arguments, environment(**env))
+    try:
+        yield rank
+    finally:
+        rank.close()
+
+
+def run_world(size: int, target: Callable[..., object], *arguments: object, **env: str) -> list[str]:
+    """All ranks must end well; what each of them printed."""
+    with world(size, target, *arguments, **env) as ranks:
+        for rank in ranks:
+            assert rank.wait() == 0, rank.output
+        return [rank.output for rank in ranks]
+
+
+def byte_gpt(*arguments: str) -> None:
+    """The shipped example, tiny. To be run by a rank."""
+    from elasticd.examples import byte_gpt as script
+
+    sys.argv = ["byte_gpt", "--length", "16", "--width", "16", "--print-every", "1000", *arguments]
+    script.main()
 
 
 @contextmanager
 def started(command: list[str], **env: str) -> Iterator[subprocess.Popen[str]]:
-    """A process in a group of its own, which is killed at the end whatever happens."""
+    """A fresh program in a process group of its own, which is killed at the end whatever happens."""
     process = subprocess.Popen(
         command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -43,51 +141,16 @@ def run(command: list[str], timeout_s: float = 90, **env: str) -> tuple[int, str
         return process.returncode, output
 
 
-def plain(*arguments: str) -> list[str]:
-    return [sys.executable, *arguments]
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-@contextmanager
-def world(size: int, *arguments: str, **env: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """``size`` ranks of a script, in torchrun's environment but without its agent: cheaper, and nothing restarts them."""
-    port, ranks = str(free_port()), []
-    base = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for rank in range(size):
-        own = environment(**base, **env, RANK=str(rank), LOCAL_RANK=str(rank))
-        ranks.append(
-            subprocess.Popen(plain(*arguments), env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        yield ranks
-    finally:
-        for process in ranks:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
-
-
-def run_world(size: int, *arguments: str, timeout_s: float = 90, **env: str) -> None:
-    with world(size, *arguments, **env) as ranks:
-        for process in ranks:
-            output, _ = process.communicate(timeout=timeout_s)
-            assert process.returncode == 0, output
-
-
 def ledger(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float = 60, what: str = "the condition") -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        time.sleep(0.01)
+    """The whole lines of a file of JSON lines: the last one may be half written when a rank was killed."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class FakeDaemon:
