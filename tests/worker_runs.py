@@ -125,7 +125,12 @@ def byte_gpt(*arguments: str) -> None:
 def started(command: list[str], **env: str) -> Iterator[subprocess.Popen[str]]:
     """A fresh program in a process group of its own, which is killed at the end whatever happens."""
     process = subprocess.Popen(
-        command, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         yield process
