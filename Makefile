@@ -1,15 +1,27 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: test lint
+.PHONY: demo test test-fast lint bench clean
 $(VENV)/.ready: pyproject.toml .ci/constraints.txt
 	python3 -m venv $(VENV)
 	$(PY) -m pip install -q -c .ci/constraints.txt -e '.[dev]'
 	touch $@
 
-test: $(VENV)/.ready
+demo: $(VENV)/.ready ## three nodes, a real etcd, a byte GPT, two killed nodes; about a minute
+	$(PY) -m elasticd.cli demo
+
+test: $(VENV)/.ready ## all of it; what a machine cannot do is skipped, and says why
 	$(PY) -m pytest
+
+test-fast: $(VENV)/.ready ## the core and what else needs seconds
+	$(PY) -m pytest -m "not net and not slow"
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check elasticd tests
 	$(VENV)/bin/mypy
+
+bench: $(VENV)/.ready ## side by side with torchrun; about 20 minutes
+	$(PY) -m elasticd.bench
+
+clean:
+	rm -rf $(VENV) out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
