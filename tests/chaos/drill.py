@@ -18,7 +18,6 @@ from elasticd.testing.validators import Pause, Violation
 SEED = int(os.environ.get("ELASTICD_CHAOS_SEED", "1"))
 #: Generous, since other work may share the machine; the bench measures what is usual.
 RECOVERY_S = 8.0
-EXTRA = {"command": (__import__("sys").executable, "/tmp/dev/cli.py")}
 SCRIPT = str(Path(__file__).with_name("train.py"))
 LEASE_TTL_S = 5
 
@@ -109,5 +108,5 @@ def steps_never_repeat(trained: list[Trained]) -> list[Violation]:
 
 
 def make_cluster(folder: Path) -> Cluster:
-    spec = ClusterSpec(nodes=3, etcd_members=3, isolated=True, lease_ttl_s=LEASE_TTL_S, **EXTRA)
+    spec = ClusterSpec(nodes=3, etcd_members=3, isolated=True, lease_ttl_s=LEASE_TTL_S)
     return Cluster(spec, folder=folder)
