@@ -108,6 +108,7 @@ def train(arguments: argparse.Namespace) -> None:
     session.restore()
     with session, open_ledger(arguments.ledger) as ledger:
         for step in session.steps(until=arguments.steps):
+            ends_at = time.monotonic() + arguments.step_seconds
             with step:
                 ids = step.batch_indices(dataset_size=len(data), global_batch=arguments.batch)
                 # An empty share (more ranks than samples) still needs a backward pass; its weight is 0.
@@ -117,6 +118,7 @@ def train(arguments: argparse.Namespace) -> None:
                 optimizer.step()
                 mean = global_mean(loss)
                 step.report(loss=mean)
+            time.sleep(max(0.0, ends_at - time.monotonic()))
             record(ledger, session, ids, mean)
             if session.rank == 0 and session.step % arguments.print_every == 0:
                 print(f"step {session.step} world {session.world_size} loss {mean:.4f}", flush=True)
@@ -148,6 +150,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="bytes in a sequence")
     parser.add_argument("--width", type=int, default=128, help="width of the model")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--step-seconds", type=float, default=0.0, help="pad each step to this length")
     parser.add_argument("--checkpoint-dir", help="directory for checkpoints; none are saved without it")
     parser.add_argument("--save-every", type=int, default=10, help="steps between two checkpoints")
     parser.add_argument("--print-every", type=int, default=10)
