@@ -108,6 +108,12 @@ class NodeLoop:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.post, event)
 
+    def agent_missed(self, pid: int, reason: str) -> None:
+        """The launcher's agent is gone; if it never said hello here, nobody else will tell the machine."""
+        task = self.machine.task
+        if task is not None and not self.local.has_met(pid):
+            self.post(messages.AgentExited(job_id=task.spec.job_id, reason=reason))
+
     def _schedule(self, now: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -186,7 +192,8 @@ class NodeLoop:
         self.keeper.commit(keys.checkpoint(caller.job_id), value, guard, answer)
 
     def _committed(self, caller: Caller, round_number: int, step: int, done: bool, reason: str) -> None:  # noqa: FBT001
-        self.history.write("commit", job=caller.job_id, round=round_number, step=step, committed=done)
+        details = (("job", caller.job_id), ("round", round_number), ("step", step), ("committed", done))
+        self._report(Report(event="commit", details=details), time.monotonic())
         caller.send({"type": "commit_result", "step": step, "committed": done, "reason": reason})
 
     def _is_alive(self, other: Node) -> bool:

@@ -1,0 +1,191 @@
+"""A small HTTP server for scrapers, in threads of its own: who is slow or hostile costs the daemon nothing.
+
+One thread a connection, of a bounded number; a request is small, and must arrive whole within a time; the answer must
+be taken within a time. One request a connection. Not here: what is answered (the routes it is given).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from elasticd.errors import OperatorError
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 32
+MAX_REQUEST_BYTES = 8192
+REQUEST_TIMEOUT_S = 5.0
+RESPONSE_TIMEOUT_S = 10.0
+RETRY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where to listen; port 0 lets the kernel choose. The certificate and its key belong together."""
+
+    address: str
+    port: int
+    tls_cert: str = ""
+    tls_key: str = ""
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.tls_cert else "http"
+
+    def context(self) -> ssl.SSLContext | None:
+        """OperatorError when the certificate or the key cannot be used."""
+        if not self.tls_cert and not self.tls_key:
+            return None
+        if not self.tls_cert or not self.tls_key:
+            raise OperatorError("metrics.tls_cert and metrics.tls_key belong together: set both or none")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            # An empty password: a key that needs one is an error, and not a question on the terminal.
+            context.load_cert_chain(self.tls_cert, self.tls_key, password="")
+        except (OSError, ssl.SSLError) as error:
+            files = f"metrics.tls_cert {self.tls_cert} or metrics.tls_key {self.tls_key}"
+            raise OperatorError(f"{files} cannot be used: {error}") from error
+        return context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """``headers``: names in lower case."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    body: bytes
+    content_type: str = "text/plain; charset=utf-8"
+    status: HTTPStatus = HTTPStatus.OK
+
+    @classmethod
+    def line(cls, status: HTTPStatus, text: str = "") -> Response:
+        return cls(body=f"{text or status.phrase}\n".encode(), status=status)
+
+
+Route = Callable[[Request], Response]
+
+
+class Exporter:
+    """``routes`` by path; they are called from many threads, and answer 500 when they raise."""
+
+    def __init__(self, endpoint: Endpoint, routes: Mapping[str, Route]) -> None:
+        self._endpoint, self._routes = endpoint, routes
+        self._context = endpoint.context()
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._listener: socket.socket | None = None
+        self._closed = threading.Event()
+
+    def listen(self) -> int:
+        """Serves from now on; returns the port. OperatorError when it cannot be had."""
+        where = self._endpoint
+        family = socket.AF_INET6 if ":" in where.address else socket.AF_INET
+        try:
+            self._listener = socket.create_server((where.address, where.port), family=family, backlog=MAX_CONNECTIONS)
+        except OSError as error:
+            raise OperatorError(
+                f"cannot listen for scrapers on {where.address}:{where.port}: {error.strerror or error}; "
+                "set metrics.address and metrics.port"
+            ) from error
+        threading.Thread(target=self._accept, args=(self._listener,), name="metrics", daemon=True).start()
+        return int(self._listener.getsockname()[1])
+
+    def close(self) -> None:
+        """Connections that are being served end by themselves, or with the process."""
+        self._closed.set()
+        if self._listener is not None:
+            with contextlib.suppress(OSError):  # wakes the thread that accepts; close() alone does not
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            self._slots.acquire()
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # closed, out of file descriptors, or a caller that left again
+                self._slots.release()
+                if self._closed.wait(RETRY_S):
+                    return
+                continue
+            threading.Thread(target=self._serve, args=(connection,), name="scrape", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            connection.settimeout(REQUEST_TIMEOUT_S)
+            with contextlib.closing(self._secured(connection)) as stream:
+                request = _receive(stream, time.monotonic() + REQUEST_TIMEOUT_S)
+                response = request if isinstance(request, Response) else self._answer(request)
+                head_only = isinstance(request, Request) and request.method == "HEAD"
+                stream.settimeout(RESPONSE_TIMEOUT_S)
+                stream.sendall(_render(response, head_only=head_only))
+        except OSError:  # left, too slow, or no TLS: nothing to be done for this caller
+            pass
+        finally:
+            connection.close()
+            self._slots.release()
+
+    def _secured(self, connection: socket.socket) -> socket.socket:
+        return self._context.wrap_socket(connection, server_side=True) if self._context is not None else connection
+
+    def _answer(self, request: Request) -> Response:
+        if request.method not in ("GET", "HEAD"):
+            return Response.line(HTTPStatus.METHOD_NOT_ALLOWED)
+        route = self._routes.get(request.path)
+        if route is None:
+            return Response.line(HTTPStatus.NOT_FOUND, f"not found; there is {' '.join(sorted(self._routes))}")
+        try:
+            return route(request)
+        except Exception:
+            log.exception("answering %s", request.path)
+            return Response.line(HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def _receive(stream: socket.socket, deadline_s: float) -> Request | Response:
+    """The request, or the answer to something that is none. TimeoutError when it is not here by the deadline."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        if len(received) > MAX_REQUEST_BYTES:
+            return Response.line(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        stream.settimeout(left_s)
+        chunk = stream.recv(MAX_REQUEST_BYTES)
+        if not chunk:
+            raise ConnectionResetError
+        received += chunk
+    return _parse(received.partition(b"\r\n\r\n")[0].decode("latin-1"))
+
+
+def _parse(head: str) -> Request | Response:
+    first, *lines = head.split("\r\n")
+    match first.split(" "):
+        case [method, target, version] if version.startswith("HTTP/1."):
+            headers = {
+                name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+            }
+            return Request(method=method, path=target.partition("?")[0], headers=headers)
+        case _:
+            return Response.line(HTTPStatus.BAD_REQUEST)
+
+
+def _render(response: Response, *, head_only: bool) -> bytes:
+    head = (
+        f"HTTP/1.1 {response.status.value} {response.status.phrase}\r\n"
+        f"Content-Type: {response.content_type}\r\nContent-Length: {len(response.body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode("latin-1") + (b"" if head_only else response.body)
