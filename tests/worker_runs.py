@@ -75,7 +75,7 @@ def _become(target: Callable[..., object], arguments: tuple[object, ...], env: d
     torch.set_num_threads(1)
     try:
         target(*arguments)
-    except Exception:
+    except Exception:  # noqa: BLE001 - this is the top level of the rank
         sys.excepthook(*sys.exc_info())  # as the interpreter would, which multiprocessing does not
         sys.exit(1)
     finally:
