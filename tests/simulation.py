@@ -20,6 +20,8 @@ from elasticd.core.stages import Stage
 from elasticd.core.view import Entry
 
 TTL_S = 5.0
+#: Heartbeats come every 0.1 s; a link is silent after 0.5 s.
+SILENCE_S = {Down.REFUSED: 0.05, Down.SILENT: 0.5}
 
 
 @dataclass
@@ -28,6 +30,10 @@ class Held:
     create: int
     mod: int
     lease: int
+
+
+def lost(node_id: NodeId, boot_id: BootId, how: Down) -> messages.PeerDown:
+    return messages.PeerDown(node_id=node_id, boot_id=boot_id, how=how, silence_s=SILENCE_S[how])
 
 
 class SimStore:
@@ -346,7 +352,7 @@ class Sim:
             peer = (victim.node_id, boot)
             if node is not victim and peer in node.up:
                 node.up.discard(peer)
-                node.post(messages.PeerDown(node_id=victim.node_id, boot_id=BootId(boot), how=how))
+                node.post(lost(victim.node_id, BootId(boot), how))
 
     # faults
     def kill(self, name: str) -> None:
@@ -386,7 +392,7 @@ class Sim:
                 if victim.cut:
                     for peer in list(victim.up):
                         victim.up.discard(peer)
-                        victim.post(messages.PeerDown(node_id=peer[0], boot_id=peer[1], how=Down.SILENT))
+                        victim.post(lost(peer[0], peer[1], Down.SILENT))
 
         self.at(self.now + 0.5, noticed)
 

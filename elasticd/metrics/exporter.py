@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -20,11 +21,17 @@ from elasticd.errors import OperatorError
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 32
-MAX_REQUEST_BYTES = 8192
-REQUEST_TIMEOUT_S = 5.0
-RESPONSE_TIMEOUT_S = 10.0
 RETRY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one caller, and all of them together, may take."""
+
+    connections: int = 32
+    request_bytes: int = 8192
+    request_timeout_s: float = 5.0
+    response_timeout_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +89,10 @@ Route = Callable[[Request], Response]
 class Exporter:
     """``routes`` by path; they are called from many threads, and answer 500 when they raise."""
 
-    def __init__(self, endpoint: Endpoint, routes: Mapping[str, Route]) -> None:
-        self._endpoint, self._routes = endpoint, routes
+    def __init__(self, endpoint: Endpoint, routes: Mapping[str, Route], limits: Limits | None = None) -> None:
+        self._endpoint, self._routes, self._limits = endpoint, routes, limits or Limits()
         self._context = endpoint.context()
-        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._slots = threading.BoundedSemaphore(self._limits.connections)
         self._listener: socket.socket | None = None
         self._closed = threading.Event()
 
@@ -94,10 +101,11 @@ class Exporter:
         where = self._endpoint
         family = socket.AF_INET6 if ":" in where.address else socket.AF_INET
         try:
-            self._listener = socket.create_server((where.address, where.port), family=family, backlog=MAX_CONNECTIONS)
+            self._listener = socket.create_server((where.address, where.port), family=family, backlog=128)
         except OSError as error:
+            why = os.strerror(error.errno) if error.errno and error.errno > 0 else error
             raise OperatorError(
-                f"cannot listen for scrapers on {where.address}:{where.port}: {error.strerror or error}; "
+                f"cannot listen for scrapers on {where.address}:{where.port}: {why}; "
                 "set metrics.address and metrics.port"
             ) from error
         threading.Thread(target=self._accept, args=(self._listener,), name="metrics", daemon=True).start()
@@ -125,12 +133,13 @@ class Exporter:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            connection.settimeout(REQUEST_TIMEOUT_S)
+            deadline_s = time.monotonic() + self._limits.request_timeout_s
+            connection.settimeout(self._limits.request_timeout_s)
             with contextlib.closing(self._secured(connection)) as stream:
-                request = _receive(stream, time.monotonic() + REQUEST_TIMEOUT_S)
+                request = _receive(stream, self._limits.request_bytes, deadline_s)
                 response = request if isinstance(request, Response) else self._answer(request)
                 head_only = isinstance(request, Request) and request.method == "HEAD"
-                stream.settimeout(RESPONSE_TIMEOUT_S)
+                stream.settimeout(self._limits.response_timeout_s)
                 stream.sendall(_render(response, head_only=head_only))
         except OSError:  # left, too slow, or no TLS: nothing to be done for this caller
             pass
@@ -154,17 +163,17 @@ class Exporter:
             return Response.line(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def _receive(stream: socket.socket, deadline_s: float) -> Request | Response:
+def _receive(stream: socket.socket, limit_bytes: int, deadline_s: float) -> Request | Response:
     """The request, or the answer to something that is none. TimeoutError when it is not here by the deadline."""
     received = b""
     while b"\r\n\r\n" not in received:
-        if len(received) > MAX_REQUEST_BYTES:
+        if len(received) > limit_bytes:
             return Response.line(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             raise TimeoutError
         stream.settimeout(left_s)
-        chunk = stream.recv(MAX_REQUEST_BYTES)
+        chunk = stream.recv(4096)
         if not chunk:
             raise ConnectionResetError
         received += chunk
