@@ -44,9 +44,13 @@ NO_LIMIT = 1_000_000
 
 
 class _Foreign:
-    """torchrun starts and ends its own agent; it has no metrics of ours."""
+    """torchrun starts and ends its own agent; it has no metrics of ours. ``taken``: the node waits for an agent."""
 
-    def start_agent(self, spec: JobSpec) -> None: ...
+    def __init__(self, taken: threading.Event) -> None:
+        self._taken = taken
+
+    def start_agent(self, spec: JobSpec) -> None:  # noqa: ARG002 - torchrun has started it
+        self._taken.set()
 
     def end_agent(self, job_id: JobId, timeout_s: float) -> None: ...
 
@@ -56,7 +60,9 @@ class _Foreign:
 
 
 class _LoopThread:
-    """A node's loop in a thread. ``start`` returns when it listens; errors of its start are raised there."""
+    """A node's loop in a thread. ``start`` returns when it has taken the job: before that, an agent that says that it
+    is ready would not be heard. Errors of the start are raised there.
+    """
 
     def __init__(self, config: DaemonConfig, spec: JobSpec) -> None:
         self._config, self._spec = config, spec
@@ -90,12 +96,11 @@ class _LoopThread:
             self._up.set()
 
     async def _run(self) -> None:
-        foreign = _Foreign()
+        foreign = _Foreign(self._up)
         loop = NodeLoop(self.setup, make_store(self._config), foreign, foreign)
         try:
             await loop.start()
             self._loop = loop
-            self._up.set()
             await loop.finished
         finally:
             await loop.close()
