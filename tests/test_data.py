@@ -43,6 +43,14 @@ def test_the_order_never_changes_between_versions() -> None:
     assert [order[index] for index in range(8)] == [594, 494, 839, 951, 512, 636, 161, 38]
 
 
+@given(size=st.integers(1, 2**63), seed=seeds, start=st.integers(0, 2**62), count=st.integers(96, 300))
+def test_a_large_batch_is_computed_at_once_and_gives_the_same_samples(
+    size: int, seed: int, start: int, count: int
+) -> None:
+    cursor = Cursor(epoch=3).advanced(start, size)
+    one_by_one = [sample_ids(cursor, [position], size=size, seed=seed)[0] for position in range(count)]
+    assert sample_ids(cursor, range(count), size=size, seed=seed) == one_by_one
+
 
 @pytest.mark.parametrize("index", [-1, 10])
 def test_an_index_out_of_range_is_refused(index: int) -> None:

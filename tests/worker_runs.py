@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -20,7 +21,15 @@ from pathlib import Path
 
 #: A process that has torch, and forks the ranks: one import for all tests instead of one for each rank (4 s).
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["elasticd.worker.session", "elasticd.examples.byte_gpt", "torch.distributed.fsdp"])
+_FORKS.set_forkserver_preload(
+    [
+        "elasticd.worker.session",
+        "elasticd.examples.byte_gpt",
+        "torch.distributed.fsdp",
+        "pytest",
+        "hypothesis.strategies",
+    ]
+)
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -168,6 +177,7 @@ class FakeDaemon:
         self._listener.bind(self.path)
         self._listener.listen()
         self._workers: list[socket.socket] = []
+        self._buffers: dict[socket.socket, bytes] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
@@ -177,8 +187,16 @@ class FakeDaemon:
 
     def tell(self, rank: int, message: dict) -> None:
         """Say it to the worker of this rank."""
+        self.send_raw(rank, json.dumps(message).encode() + b"\n")
+
+    def send_raw(self, rank: int, content: bytes) -> None:
         index = next(m["connection"] for m in self.of_type("worker_hello") if m["rank"] == rank)
-        self._workers[index].sendall(json.dumps(message).encode() + b"\n")
+        with contextlib.suppress(OSError):  # it hung up while it was spoken to
+            self._workers[index].sendall(content)
+
+    def heard_out(self) -> bool:
+        """Whether every worker that ever connected has hung up, and all that it said is in ``messages``."""
+        return bool(self._workers) and not self._buffers
 
     def close(self) -> None:
         self._stopping.set()
@@ -193,24 +211,30 @@ class FakeDaemon:
         self.close()
 
     def _serve(self) -> None:
-        buffers: dict[socket.socket, bytes] = {}
         while not self._stopping.is_set():
-            for ready in select.select([self._listener, *buffers], [], [], 0.02)[0]:
+            for ready in select.select([self._listener, *self._buffers], [], [], 0.02)[0]:
                 if ready is self._listener:
                     connection = self._listener.accept()[0]
+                    self._buffers[connection] = b""
                     self._workers.append(connection)
-                    buffers[connection] = b""
-                    continue
-                chunk = ready.recv(65536)
-                if not chunk:
-                    del buffers[ready]
-                    continue
-                *lines, buffers[ready] = (buffers[ready] + chunk).split(b"\n")
-                for line in lines:
-                    self._receive(ready, json.loads(line))
+                else:
+                    self._read(ready)
+
+    def _read(self, connection: socket.socket) -> None:
+        try:
+            chunk = connection.recv(65536)
+        except ConnectionResetError:
+            chunk = b""
+        *lines, rest = (self._buffers[connection] + chunk).split(b"\n")
+        for line in lines:
+            self._receive(connection, json.loads(line))
+        self._buffers[connection] = rest
+        if not chunk:
+            del self._buffers[connection]
 
     def _receive(self, connection: socket.socket, message: dict) -> None:
         self.messages.append({**message, "connection": self._workers.index(connection), "t": time.monotonic()})
         if message["type"] == "commit":
             answer = {"type": "commit_result", "step": message["step"], "committed": not self.commit_reason}
-            connection.sendall(json.dumps(answer | {"reason": self.commit_reason}).encode() + b"\n")
+            with contextlib.suppress(OSError):  # it does not wait for the answer when it ends
+                connection.sendall(json.dumps(answer | {"reason": self.commit_reason}).encode() + b"\n")
