@@ -16,16 +16,18 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from elasticd.core.model import JobId, JobSpec, Topology
 from elasticd.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_NODES = re.compile(r"[0-9]+(:[0-9]+)?")
+_ENV_NAME = re.compile(r"[^=\0]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,12 +138,42 @@ class LaunchOptions:
 # --- the files' form ---
 
 
+def _name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError(f"{value!r}: letters, digits, '.', '_' and '-' only, a letter or digit first, 63 at most")
+    return value
+
+
+def _name_or_none(value: str) -> str:
+    return _name(value) if value else value
+
+
+def _node_range(value: str) -> str:
+    if not _NODES.fullmatch(value):
+        raise ValueError(f"{value!r} is not of the form MIN:MAX, or one number")
+    return value
+
+
+def _nproc(value: Any) -> str:
+    known = value in ("auto", "gpu", "cpu") or (type(value) is int and value >= 1)
+    if not known:
+        raise ValueError(f"{value!r} is neither a number above 0 nor 'auto', 'gpu' or 'cpu'")
+    return str(value)
+
+
+def _variables(value: dict[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        if not _ENV_NAME.fullmatch(name) or "\0" in text:
+            raise ValueError(f"{name!r} cannot be an environment variable")
+    return value
+
+
 class _Form(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class _NodeForm(_Form):
-    id: str = Field(default="", pattern=r"^$|" + _NAME)
+    id: Annotated[str, AfterValidator(_name_or_none)] = ""
     address: str = ""
     peer_port: int = Field(default=7420, ge=0, le=65535)
     zone: str = ""
@@ -191,17 +223,17 @@ class _DaemonForm(_Form):
 
 
 class _JobForm(_Form):
-    id: str = Field(pattern=_NAME)
-    nodes: str | None = Field(default=None, pattern=r"^[0-9]+(:[0-9]+)?$")
+    id: Annotated[str, AfterValidator(_name)]
+    nodes: Annotated[str, AfterValidator(_node_range)] = ""
     min_nodes: int = Field(default=1, ge=1)
     max_nodes: int | None = Field(default=None, ge=1)
-    nproc_per_node: int | Literal["auto", "gpu", "cpu"] = 1
+    nproc_per_node: Annotated[Any, AfterValidator(_nproc)] = 1
     command: list[str] = Field(min_length=1)
     module: bool = False
     no_python: bool = False
     max_restarts: int = Field(default=3, ge=0)
     working_dir: str = ""
-    env: dict[str, str] = Field(default_factory=dict)
+    env: Annotated[dict[str, str], AfterValidator(_variables)] = Field(default_factory=dict)
     user: str = ""
     log_dir: str = ""
     warm: bool = True
@@ -213,21 +245,18 @@ class _JobForm(_Form):
 def load_daemon(path: str, environment: Mapping[str, str] = os.environ) -> DaemonConfig:
     """A daemon's configuration from a TOML file, overridden by ELASTICD_NODE_ID, _ADDRESS and _ENDPOINTS."""
     form = _parse(_DaemonForm, _read(path), path)
-    endpoints = environment.get("ELASTICD_ENDPOINTS", "")
-    chosen = tuple(endpoints.split(",")) if endpoints else tuple(form.etcd.endpoints)
-    if not chosen:
-        raise ConfigError(f"{path}: etcd.endpoints is empty; name at least one, as http://HOST:2379")
+    etcd = _choose_etcd(path, form.etcd, environment.get("ELASTICD_ENDPOINTS", ""))
     node = form.node
     config = DaemonConfig(
         node_id=environment.get("ELASTICD_NODE_ID") or node.id or default_node_id(),
-        address=environment.get("ELASTICD_ADDRESS") or node.address or find_address(chosen),
+        address=environment.get("ELASTICD_ADDRESS") or node.address or find_address(etcd.endpoints),
         peer_port=node.peer_port,
         topology=Topology(zone=node.zone, rack=node.rack, switch=node.switch),
         run_dir=node.run_dir,
         log_dir=node.log_dir,
         python=node.python,
         history_file=node.history_file,
-        etcd=EtcdConfig(**{**form.etcd.model_dump(), "endpoints": chosen}),
+        etcd=etcd,
         links=LinksConfig(**form.links.model_dump()),
         metrics=MetricsConfig(**form.metrics.model_dump()),
         detection=DetectionConfig(**form.detection.model_dump()),
@@ -241,10 +270,25 @@ def load_etcd(path: str, endpoints: str = "") -> EtcdConfig:
     ConfigError when the file is wrong, or nothing names an endpoint.
     """
     form = _parse(_DaemonForm, _read(path), path).etcd if path else _EtcdForm()
-    chosen = tuple(filter(None, endpoints.split(","))) or tuple(form.endpoints)
+    return _choose_etcd(path, form, endpoints)
+
+
+def _choose_etcd(path: str, form: _EtcdForm, override: str) -> EtcdConfig:
+    """``override``: endpoints that go before the file's, comma-separated."""
+    named = override.split(",") if override else form.endpoints
+    chosen = tuple(endpoint.strip() for endpoint in named if endpoint.strip())
     if not chosen:
         raise ConfigError(f"{path}: etcd.endpoints is empty; name at least one, as http://HOST:2379")
+    if form.user and not form.password_file:
+        raise ConfigError(f"{path}: etcd.password_file is missing: the file that holds the password of etcd.user")
+    _belong_together("etcd", cert=form.cert, key=form.key)
     return EtcdConfig(**{**form.model_dump(), "endpoints": chosen})
+
+
+def _belong_together(section: str, **files: str) -> None:
+    missing = [name for name, value in files.items() if not value]
+    if missing and len(missing) < len(files):
+        raise ConfigError(f"{section}.{', '.join(missing)} missing: {', '.join(files)} belong together")
 
 
 def config_for_run(
@@ -279,13 +323,17 @@ def config_for_run(
 
 def checked(config: DaemonConfig) -> DaemonConfig:
     """The same, if its parts fit together; ConfigError with the field otherwise."""
-    if not re.match(_NAME, config.node_id):
-        raise ConfigError(f"node.id {config.node_id!r}: letters, digits, '.', '_' and '-' only, 63 at most")
+    try:
+        _name(config.node_id)
+    except ValueError as error:
+        raise ConfigError(f"node.id {error}") from error
+    if _is_unspecified(config.address):
+        raise ConfigError(f"node.address {config.address} is not one that other nodes can reach: name this host's own")
     if config.detection.dead_after_s < 2 * config.detection.heartbeat_s:
         raise ConfigError("detection.dead_after_s must be at least twice detection.heartbeat_s")
     links = config.links
-    if any((links.ca, links.cert, links.key)) and not links.tls:
-        raise ConfigError("links: ca, cert and key belong together")
+    _belong_together("links", ca=links.ca, cert=links.cert, key=links.key)
+    _belong_together("metrics", tls_cert=config.metrics.tls_cert, tls_key=config.metrics.tls_key)
     if not links.tls and not links.insecure and not is_loopback(config.address):
         raise ConfigError(
             f"links to other daemons on {config.address} would be plain text: set links.ca, links.cert and links.key, "
@@ -297,12 +345,7 @@ def checked(config: DaemonConfig) -> DaemonConfig:
 def load_job(path: str) -> JobSpec:
     """A job file as a spec. ConfigError names the field that is wrong."""
     form = _parse(_JobForm, _read(path), path)
-    low, high = form.min_nodes, form.max_nodes or form.min_nodes
-    if form.nodes is not None:
-        first, _, last = form.nodes.partition(":")
-        low, high = int(first), int(last or first)
-    if not 1 <= low <= high:
-        raise ConfigError(f"{path}: nodes: the minimum {low} is above the maximum {high}, or below 1")
+    low, high = _nodes(path, form)
     return JobSpec(
         job_id=JobId(form.id),
         min_nodes=low,
@@ -323,6 +366,22 @@ def load_job(path: str) -> JobSpec:
     )
 
 
+def _nodes(path: str, form: _JobForm) -> tuple[int, int]:
+    """(minimum, maximum), said in one of two ways."""
+    if not form.nodes:
+        low, high = form.min_nodes, form.max_nodes or form.min_nodes
+        if low > high:
+            raise ConfigError(f"{path}: min_nodes: {low} is above max_nodes, which is {high}")
+        return low, high
+    if form.model_fields_set & {"min_nodes", "max_nodes"}:
+        raise ConfigError(f"{path}: nodes: says the same as min_nodes and max_nodes; leave one of them out")
+    first, _, last = form.nodes.partition(":")
+    low, high = int(first), int(last or first)
+    if not 1 <= low <= high:
+        raise ConfigError(f"{path}: nodes: the minimum {low} is above the maximum {high}, or below 1")
+    return low, high
+
+
 def default_node_id() -> str:
     """The host's name, with what a node id cannot hold replaced."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", platform.node())[:63] or "node"
@@ -339,6 +398,13 @@ def find_address(endpoints: tuple[str, ...]) -> str:
         except OSError:
             continue
     return "127.0.0.1"
+
+
+def _is_unspecified(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_unspecified
+    except ValueError:
+        return not address
 
 
 def is_loopback(address: str) -> bool:
@@ -369,4 +435,6 @@ def _explain(path: str, error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{path}: {where}: unknown key"
+    if error["type"] == "value_error":
+        return f"{path}: {where}: {error['ctx']['error']}"
     return f"{path}: {where}: {error['msg'][0].lower()}{error['msg'][1:]}"
