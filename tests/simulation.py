@@ -272,6 +272,7 @@ class Sim:
         self._order = itertools.count()
         self.store = SimStore(self)
         self.nodes: dict[str, SimNode] = {}
+        self.apart: set[frozenset[str]] = set()  # pairs that do not hear each other
         self._boots = itertools.count(1)
         self._every(0.3, self._keep)
 
@@ -343,6 +344,7 @@ class Sim:
             for peer in node.peers:
                 other = self.nodes.get(peer.node_id)
                 ok = other and other.machine.node.boot_id == peer.boot_id and other.reachable and node.reachable
+                ok = ok and frozenset((node.node_id, peer.node_id)) not in self.apart
                 if ok and (peer.node_id, peer.boot_id) not in node.up:
                     node.up.add((peer.node_id, peer.boot_id))
                     node.post(messages.PeerUp(node_id=peer.node_id, boot_id=peer.boot_id))
@@ -395,6 +397,23 @@ class Sim:
                         victim.post(lost(peer[0], peer[1], Down.SILENT))
 
         self.at(self.now + 0.5, noticed)
+
+    def partition(self, one: str, other: str) -> None:
+        """Two nodes do not hear each other; both still reach everybody else, and the store."""
+        self.apart.add(frozenset((one, other)))
+
+        def noticed() -> None:
+            for name, peer in ((one, other), (other, one)):
+                node, boot = self.nodes[name], self.nodes[peer].machine.node.boot_id
+                if (peer, boot) in node.up:
+                    node.up.discard((NodeId(peer), boot))
+                    node.post(lost(NodeId(peer), boot, Down.SILENT))
+
+        self.at(self.now + 0.5, noticed)
+
+    def reunite(self) -> None:
+        self.apart.clear()
+        self.after(0.1, self.relink)
 
     def heal(self, name: str) -> None:
         node = self.nodes[name]

@@ -73,6 +73,23 @@ def test_the_one_that_is_cut_off_does_not_win() -> None:
         assert sim.round().number == 3
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_two_that_do_not_hear_each_other_do_not_take_turns(seed: int) -> None:
+    """One of the two goes, and stays out however often it asks; the job does not restart over and over."""
+    sim = cluster("abc", seed=seed)
+    sim.partition("a", "b")
+    assert sim.run(5, lambda: len(sim.world()) == 2)
+    after = sim.round().number
+    sim.run(20)
+    assert sim.round().number <= after + 1
+    assert len(sim.world()) == 2
+    assert "c" in sim.world()
+    sim.reunite()
+    assert sim.run(10, lambda: sorted(sim.world()) == ["a", "b", "c"])
+    sim.run(5)
+    assert sim.round().number <= after + 3
+
+
 def test_a_joiner_is_let_in() -> None:
     sim = cluster("ab")
     sim.add("c")

@@ -114,6 +114,26 @@ def test_a_stopped_peer_is_known_by_its_silence_and_comes_back(other: str) -> No
     asyncio.run(scenario())
 
 
+def test_a_hello_that_nobody_stands_behind_is_no_link() -> None:
+    """What a caller leaves behind that has given up: a link is up from the first heartbeat on."""
+
+    async def scenario() -> None:
+        b = Node("b")
+        address = await b.listen()
+        nobody = PeerAddress(node_id=NodeId("a"), boot_id=BootId("a-boot"), address="127.0.0.1", port=9)
+        b.links.watch(frozenset([nobody]))
+        reader, writer = await asyncio.open_connection(address.address, address.port)
+        writer.write(b'{"node":"a","boot":"a-boot","protocol":1}\n')
+        assert b'"b-boot"' in await reader.readline()
+        assert await reader.read(1) == b"."  # b believes it, and says so with a heartbeat; nobody answers
+        writer.transport.abort()
+        await eventually(lambda: isinstance(b.last, PeerDown))
+        assert not any(isinstance(event, PeerUp) for _, event in b.heard)
+        await b.links.close()
+
+    asyncio.run(scenario())
+
+
 def test_another_life_of_the_node_is_not_the_peer() -> None:
     async def scenario() -> None:
         a, b = Node("a"), Node("b", boot="second")

@@ -120,7 +120,6 @@ class PeerLinks:
         try:
             if not await self._greeted(connection, peer):
                 return Down.REFUSED
-            self._say(peer, None)
             return Down.SILENT if await self._until_end(connection, peer) else None
         finally:
             self._drop(connection)
@@ -152,7 +151,6 @@ class PeerLinks:
                 self._say(peer, await self._why_silent(peer))
                 patience_s = MAX_BACKOFF_S
                 continue
-            self._say(peer, None)
             silent = await self._until_end(connection, peer)
             self._drop(connection)
             patience_s = self._settings.dead_after_s
@@ -221,12 +219,18 @@ class PeerLinks:
             return None
 
     async def _until_end(self, connection: _Connection, peer: PeerAddress) -> bool:
-        """Waits until the link ends. True when it fell silent, False at end-of-file."""
+        """Waits until the link ends. True when it fell silent, False at end-of-file.
+
+        It counts as up from the first heartbeat that is heard, and not from the hello: a caller that has given up
+        meanwhile leaves a connection behind on which a hello still arrives.
+        """
         connection.heard_at = time.monotonic()
         self._live.add(connection)
         try:
+            connection.writer.write(b".")
             while await connection.reader.read(256):
                 connection.heard_at = time.monotonic()
+                self._say(peer, None)
         except OSError:
             pass
         finally:

@@ -20,7 +20,7 @@ from elasticd.core.model import Failure, JobId, JobSpec, Node, NodeId, Phase, Ro
 from elasticd.core.proposer import Proposer
 from elasticd.core.rendezvous import NothingToChange
 from elasticd.core.scheduling import choose_job
-from elasticd.core.situation import Knowledge, assess, peers_wanted, seniority
+from elasticd.core.situation import Knowledge, assess, peers_wanted, seniority, unreachable
 from elasticd.core.stages import Stage, Trigger, advance
 from elasticd.core.task import Task
 from elasticd.core.view import Job, Keyed, View
@@ -286,8 +286,10 @@ class Machine:
         mine, job_id = self._mine(), task.spec.job_id
         if mine is None or self.stage is Stage.ENDING or not self._may_write(Write.MEMBER):
             return
-        wanted = task.member(self.node, self.stage, leaving=self.leaving_since is not None)
-        held = self.view.job(job_id).members.get(self.node.node_id)
+        job = self.view.job(job_id)
+        lost = unreachable(self.links, job, self._watched)
+        wanted = task.member(self.node, self.stage, leaving=self.leaving_since is not None, unreachable=lost)
+        held = job.members.get(self.node.node_id)
         if held is None or held.value != wanted:
             self._in_flight.add(Write.MEMBER)
             yield messages.PutMember(job_id=job_id, member=wanted, node_create_revision=mine.create_revision)

@@ -77,7 +77,7 @@ class PeerUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerDown:
-    """``silence_s``: since the peer was last heard; None when it never was. For the metrics: nothing is decided by it."""
+    """``silence_s``: since the peer was last heard; None when it never was. For the metrics: it decides nothing."""
 
     node_id: NodeId
     boot_id: BootId

@@ -123,7 +123,8 @@ class Member:
 
     ``round_number`` is the round that ``state`` speaks of: FAILED and SUCCEEDED are about the workers of that round;
     READY says that the member can enter any later round. ``store_port`` is where its rendezvous store for the next
-    round already listens (0: none yet).
+    round already listens (0: none yet). ``unreachable``: lives of nodes that this member's own links have lost, and
+    that hold no seat now: they are not let in beside it before its link is up again.
     """
 
     node_id: NodeId
@@ -135,6 +136,7 @@ class Member:
     round_number: int = 0
     store_port: int = 0
     failure: Failure | None = None
+    unreachable: tuple[BootId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

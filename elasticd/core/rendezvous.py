@@ -115,7 +115,7 @@ def decide_round(situation: Situation) -> Proposal | Wait:
 
 def _start(situation: Situation) -> Proposal | Wait:
     """No world stands: form one when everybody who said that he comes is ready, and the minimum is met."""
-    ready = [node for node in _candidates(situation) if node in situation.reachable]
+    ready = _together(situation, [node for node in _candidates(situation) if node in situation.reachable], frozenset())
     preparing = tuple(
         sorted(
             node
@@ -129,7 +129,7 @@ def _start(situation: Situation) -> Proposal | Wait:
     if len(ready) < situation.spec.min_nodes:
         return Wait(TooFewNodes(len(ready), situation.spec.min_nodes))
     cause = Cause.START if situation.round is None else Cause.JOIN
-    return _world(situation, ready, cause, settle_s=SETTLE_JOIN_S)
+    return _world(situation, ready, cause, settle_s=_settle_join_s(situation, ready))
 
 
 def _change(situation: Situation, current: Round) -> Proposal | Wait:
@@ -140,7 +140,7 @@ def _change(situation: Situation, current: Round) -> Proposal | Wait:
     if seats <= done:
         return _end(situation, Phase.SUCCEEDED, Cause.FINISHED)
     stay = [node for node in _candidates(situation) if node in situation.reachable or node in seats]
-    stay = [node for node in stay if node not in gone]
+    stay = _together(situation, [node for node in stay if node not in gone], seats)
     unsettled = situation.unsettled & seats - gone
     if unsettled:
         return Wait(Unsettled(tuple(sorted(unsettled))))
@@ -152,13 +152,18 @@ def _change(situation: Situation, current: Round) -> Proposal | Wait:
     return _planned(situation, current, seats, stay)
 
 
+def _settle_join_s(situation: Situation, coming: Sequence[NodeId]) -> float:
+    """Nobody is waited for once there are as many as the job may have."""
+    return SETTLE_JOIN_S if len(coming) < situation.spec.max_nodes else 0.0
+
+
 def _planned(situation: Situation, current: Round, seats: frozenset[NodeId], stay: Sequence[NodeId]) -> Proposal | Wait:
     leaving = frozenset(n for n in seats if n not in stay)
     if leaving:
         cause = Cause.DRAIN if leaving & situation.drained else Cause.LEAVE
         return _world(situation, stay, cause, planned=True)
     if len(current.seats) < situation.spec.max_nodes and set(stay) - seats:
-        return _world(situation, stay, Cause.JOIN, planned=True, settle_s=SETTLE_JOIN_S)
+        return _world(situation, stay, Cause.JOIN, planned=True, settle_s=_settle_join_s(situation, stay))
     if situation.parked:
         return _world(situation, stay, Cause.JOIN, planned=True)
     return Wait(NothingToChange())
@@ -169,6 +174,21 @@ def _after_failure(situation: Situation, current: Round, stay: Sequence[NodeId],
     if current.restarts_by(Cause.WORKER_FAILED) >= situation.spec.max_restarts:
         return _end(situation, Phase.FAILED, Cause.WORKER_FAILED, failure, SETTLE_FAILURE_S)
     return _world(situation, stay, Cause.WORKER_FAILED, failure=failure, settle_s=SETTLE_FAILURE_S)
+
+
+def _together(situation: Situation, candidates: Sequence[NodeId], seats: frozenset[NodeId]) -> list[NodeId]:
+    """Those who hold seats; of the rest, the oldest first, whoever has not been lost by one who is in before him."""
+    together: list[NodeId] = []
+    for node in sorted(candidates, key=lambda node: node not in seats):
+        if node in seats or not any(_apart(situation, node, other) for other in together):
+            together.append(node)
+    return together
+
+
+def _apart(situation: Situation, one: NodeId, other: NodeId) -> bool:
+    """Whether one of the two says that its link has lost the other, in the life that it has now."""
+    a, b = situation.members[one].value, situation.members[other].value
+    return a.boot_id in b.unreachable or b.boot_id in a.unreachable
 
 
 def _candidates(situation: Situation) -> list[NodeId]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from elasticd.core.membership import Evidence, Link, Verdict, neighbours
 from elasticd.core.messages import Down, PeerAddress
-from elasticd.core.model import NodeId
+from elasticd.core.model import BootId, NodeId
 from elasticd.core.rendezvous import Situation
 from elasticd.core.task import Task
 from elasticd.core.view import Job, View
@@ -59,21 +59,38 @@ def assess(known: Knowledge, job: Job, task: Task, *, parked: bool) -> Situation
     )
 
 
-def seniority(situation: Situation, me: NodeId, links: Mapping[NodeId, Link]) -> int:
+def seniority(situation: Situation, me: NodeId, links: Mapping[NodeId, Link]) -> int | None:
     """My place among the live members, the oldest first: how many turns I let pass before I propose.
 
-    Who holds no seat lets those with seats go first. Who has lost more than half of the others at once is more likely
-    the one that is cut off, and steps back.
+    None for who holds no seat while one who does is alive: the world is theirs, and a node that was put out because it
+    does not hear one of them must not put that one out in turn. Who has lost more than half of the others at once is
+    more likely the one that is cut off, and steps back.
     """
     gone = (situation.lost | situation.rebooted) - {me}
     ages = sorted((m.create_revision, node) for node, m in situation.members.items() if node not in gone)
     place = next(i for i, (_, node) in enumerate(ages) if node == me)
     seats = {seat.node_id for seat in situation.round.seats} if situation.round else set()
     if seats and me not in seats and seats - gone:
-        place += len(seats)
+        return None
     silent = {node for node in gone if node in links and links[node].down is Down.SILENT}
     cut_off = len(seats) > 2 and 2 * len(silent) > len(seats - {me})
     return place + CUT_OFF_TURNS if cut_off else place
+
+
+def unreachable(links: Mapping[NodeId, Link], job: Job, watched: frozenset[PeerAddress]) -> tuple[BootId, ...]:
+    """The lives that my links have lost and that hold no seat: what I say of them keeps them out until they are back.
+
+    Without it, two members with different evidence would take turns at letting such a node in and putting it out. Who
+    holds a seat is judged at once and not through the store. A member that I hold no link to is not mine to judge.
+    """
+    seats = {seat.boot_id for seat in job.round.value.seats} if job.round else set()
+    mine = {peer.node_id for peer in watched}
+    lost = {
+        link.boot_id
+        for node, link in links.items()
+        if link.down is not None and link.boot_id not in seats and (node in mine or node not in job.members)
+    }
+    return tuple(sorted(lost))
 
 
 def peers_wanted(me: NodeId, view: View, task: Task | None, watched: frozenset[PeerAddress]) -> frozenset[PeerAddress]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from elasticd.core.deadline import StepDeadline
-from elasticd.core.model import Failure, JobSpec, Member, MemberState, Node, NodeId, Round
+from elasticd.core.model import BootId, Failure, JobSpec, Member, MemberState, Node, NodeId, Round
 from elasticd.core.stages import Stage
 from elasticd.core.view import Job
 
@@ -55,7 +55,7 @@ class Task:
             return None
         return self.boundary_asked[1] + self.spec.boundary_timeout_s
 
-    def member(self, node: Node, stage: Stage, *, leaving: bool) -> Member:
+    def member(self, node: Node, stage: Stage, *, leaving: bool, unreachable: tuple[BootId, ...] = ()) -> Member:
         """The record that says what this node is to the job."""
         state = _STATES.get(stage, MemberState.READY)
         if leaving and state in (MemberState.READY, MemberState.PREPARING):
@@ -71,4 +71,5 @@ class Task:
             round_number=self.started_round if about_round else 0,
             store_port=self.store_port,
             failure=self.failure if state is MemberState.FAILED else None,
+            unreachable=unreachable,
         )

@@ -30,7 +30,7 @@ class KillWorker:
 
     def apply(self, cluster: Cluster) -> None:
         lines = cluster.trained()
-        newest = max(line.round_number for line in lines)
+        newest = lines[-1].round_number  # of the job that runs now
         pid = next(line.pid for line in reversed(lines) if (line.round_number, line.rank) == (newest, self.rank))
         assert pid > 1, "the training script does not tell its pid"
         os.kill(pid, signal.SIGKILL)

@@ -19,6 +19,7 @@ from elasticd.testing.faults import (
     KillEtcdMember,
     KillNode,
     KillWorker,
+    Partition,
     StopEtcd,
     choose_fault,
 )
@@ -133,6 +134,19 @@ def test_a_frozen_node_is_fenced_and_rejoins(drill: Drill) -> None:
     healed_at = time.monotonic()
     drill.pauses.append(Pause(node=drill.nodes[node], start=at, end=healed_at))
     drill.wait_event("fenced", node=node, since=healed_at)
+    goes_on(drill, at)
+
+
+def test_two_nodes_that_do_not_hear_each_other_cost_one_of_them(drill: Drill) -> None:
+    fault = Partition(node=0, other=chance.randrange(1, 3))
+    at = apply(fault, drill)
+    pair = {drill.nodes[fault.node], drill.nodes[fault.other]}
+    drill.cluster.wait_for(lambda _: len(pair & set(drill.cluster.seated(drill.job))) == 1, RECOVERY_S, "one is out")
+    drill.cluster.wait_step(at, world=2, timeout_s=RECOVERY_S)
+    rounds = len(drill.events("round_proposed"))
+    drill.cluster.wait_until(lambda: time.monotonic() > at + 2 * LEASE_TTL_S, 30, "two leases")
+    assert len(drill.events("round_proposed")) <= rounds + 1  # they do not take turns
+    fault.heal(drill.cluster)
     goes_on(drill, at)
 
 
