@@ -10,7 +10,10 @@ Not here: the daemon's end (daemon/local.py) and what the messages mean to it.
 from __future__ import annotations
 
 import json
+import math
+import select
 import socket
+import time
 from typing import Any
 
 from elasticd.errors import ChannelClosed, ProtocolError
@@ -40,10 +43,14 @@ def decode(line: bytes) -> Message:
 
 
 class Channel:
-    """A blocking client end. Not thread-safe: one reader and one writer at most."""
+    """A client end. Not thread-safe: one reader and one writer at most.
+
+    The socket never blocks, waiting is done beside it: so a read that does not wait cannot make a later write give up.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        self._socket.setblocking(False)
         self._buffer = b""
 
     @classmethod
@@ -56,35 +63,60 @@ class Channel:
         except OSError as error:
             connection.close()
             raise ChannelClosed(f"no daemon at {path}: {error}") from error
-        connection.settimeout(None)
         return cls(connection)
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
+        """Waits while the other end does not read. ChannelClosed when it is gone."""
+        left = memoryview(encode(message))
         try:
-            self._socket.sendall(encode(message))
-        except OSError as error:
+            while left:
+                try:
+                    left = left[self._socket.send(left) :]
+                except BlockingIOError:
+                    self._wait(select.POLLOUT, None)
+        except (OSError, ValueError) as error:
             raise ChannelClosed(str(error)) from error
 
     def receive(self, timeout_s: float | None = None) -> Message | None:
         """The next message; None when none came in time. ChannelClosed at end-of-file."""
-        self._socket.settimeout(timeout_s)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while b"\n" not in self._buffer:
             if len(self._buffer) > MAX_LINE_BYTES:
                 raise ProtocolError("line over the limit")
-            try:
-                chunk = self._socket.recv(65536)
-            except (TimeoutError, BlockingIOError):
+            if not self._fill(deadline):
                 return None
-            except OSError as error:
-                raise ChannelClosed(str(error)) from error
-            if not chunk:
-                raise ChannelClosed("end of file")
-            self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         return decode(line)
+
+    def _fill(self, deadline: float | None) -> bool:
+        """Takes in what has arrived; False when nothing has by the deadline."""
+        try:
+            while True:
+                try:
+                    chunk = self._socket.recv(65536)
+                except BlockingIOError:
+                    if not self._wait(select.POLLIN, deadline):
+                        return False
+                else:
+                    break
+        except (OSError, ValueError) as error:
+            raise ChannelClosed(str(error)) from error
+        if not chunk:
+            raise ChannelClosed("end of file")
+        self._buffer += chunk
+        return True
+
+    def _wait(self, events: int, deadline: float | None) -> bool:
+        """Whether the socket became ready by the deadline."""
+        left_s = None if deadline is None else deadline - time.monotonic()
+        if left_s is not None and left_s <= 0:
+            return False
+        poll = select.poll()
+        poll.register(self._socket.fileno(), events)  # ValueError when it has been closed
+        return bool(poll.poll(None if left_s is None else math.ceil(1000 * left_s)))
 
     @property
     def pending(self) -> bool:

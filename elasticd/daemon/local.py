@@ -56,6 +56,7 @@ class LocalServer:
         self._server: asyncio.Server | None = None
         self._callers: set[Caller] = set()
         self._agent: Caller | None = None
+        self._agent_pid = 0
 
     async def listen(self, path: Path) -> None:
         """OperatorError when the socket cannot be made there."""
@@ -77,6 +78,10 @@ class LocalServer:
             return False
         self._agent.send(message)
         return True
+
+    def has_met(self, agent_pid: int) -> bool:
+        """Whether an agent of this process has said hello: the end of its connection tells when it is gone."""
+        return agent_pid == self._agent_pid != 0
 
     def tell_workers(self, round_number: int, message: Message) -> None:
         for caller in self._callers:
@@ -116,7 +121,7 @@ class LocalServer:
         match message["type"]:
             case "agent_hello":
                 caller.kind, caller.job_id = "agent", JobId(str(message["job"]))
-                self._agent = caller
+                self._agent, self._agent_pid = caller, int(message.get("pid", 0))
             case "worker_hello":
                 caller.kind, caller.job_id = "worker", JobId(str(message["job"]))
                 caller.round_number, caller.rank = int(message["round"]), int(message["rank"])

@@ -127,6 +127,7 @@ async def _run(config: DaemonConfig, spec: JobSpec | None, launch: LaunchOptions
     )
     observer: Observer = metrics
     loop = NodeLoop(setup, make_store(config), launcher, observer)
+    launcher.missed = loop.agent_missed
     try:
         await loop.start()
         metrics.attach(loop)

@@ -12,15 +12,13 @@ import logging
 import os
 import select
 import signal
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from string import Template
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import Std, SubprocessContext
+from torch.distributed.elastic.multiprocessing.api import Std
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.elastic.rendezvous.api import RendezvousGracefulExitError
@@ -30,9 +28,10 @@ from torch.distributed.run import determine_local_world_size
 from elasticd.channel import Channel, Message
 from elasticd.core.model import NodeId
 from elasticd.errors import ChannelClosed
-from elasticd.supervisor.context import WarmContext, WorkerCommand
+from elasticd.supervisor.context import Output, WarmContext, WorkerCommand
 from elasticd.supervisor.handler import DaemonRendezvousHandler
 from elasticd.supervisor.logs import RoundLogs
+from elasticd.supervisor.script import CANNOT_RUN
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +61,11 @@ class AgentConfig:
     log_dir: str = ""
     local_ranks_filter: str = ""
     log_line_prefix_template: str = ""
-    warm: bool = True
     virtual_local_rank: bool = False
     duplicate_stdout_filters: tuple[str, ...] = ()
     duplicate_stderr_filters: tuple[str, ...] = ()
     event_log_handler: str = "null"
+    warm: bool = True
 
     @classmethod
     def from_message(cls, plain: Message) -> AgentConfig:
@@ -81,10 +80,10 @@ class NodeAgent(LocalElasticAgent):
     def __init__(
         self, spec: WorkerSpec, logs: RoundLogs, config: AgentConfig, handler: DaemonRendezvousHandler, warm: Channel
     ) -> None:
-        super().__init__(spec, logs, log_line_prefix_template=config.log_line_prefix_template or None)
+        super().__init__(spec, logs, shutdown_timeout=config.stop_timeout_s)  # type: ignore[arg-type] # seconds
         self._config, self._handler, self._logs, self._warm = config, handler, logs, warm
         self._reported = 0  # the round whose end has been reported
-        self._result: RunResult | None = None  # what torch's own events are made from
+        self._failures: dict[int, ProcessFailure] = {}  # of the current round, by rank: for torch's own events
 
     # --- the loop ---
 
@@ -93,37 +92,45 @@ class NodeAgent(LocalElasticAgent):
         while not self._handler.is_closed():
             if group.state in (WorkerState.INIT, WorkerState.STOPPED) or self._handler.has_newer_round:
                 self._stop(group, self._config.stop_timeout_s)
-                self._initialize_workers(group)
-                self._handler.offer_next_store()
+                self._begin_round(group)
             self._wait_for_something()
             self._handler.drain()
             if self._handler.must_stop:
                 self._stop(group, self._handler.stop_timeout_s)
             if group.state is WorkerState.HEALTHY:
                 self._look_at_workers(group)
+        ended_as = group.state
         self._stop(group, self._handler.stop_timeout_s)
-        return self._result or self._stopped_result(group)
+        self._logs.close()
+        return self._result(group, ended_as)
+
+    def _begin_round(self, group: WorkerGroup) -> None:
+        """Waits for a round, and starts its workers."""
+        self._failures = {}
+        try:
+            self._initialize_workers(group)
+        except OSError as error:
+            self._cannot_start(group, error)
+        self._handler.offer_next_store()
+
+    def _cannot_start(self, group: WorkerGroup, error: OSError) -> None:
+        """What a person must mend on this node (a full disk, a folder that is not ours) counts as the job's failure."""
+        assert self._handler.round is not None
+        message = f"workers cannot be started on node {self._config.node_id}: {error}"
+        log.error("elasticd: %s", message)
+        first_rank = self._handler.seat().first_rank
+        failure = {"rank": first_rank, "local_rank": 0, "exit_code": CANNOT_RUN, "message": message, "traceback": ""}
+        self._say({"type": "workers_failed", "round": self._handler.round.number, "failure": failure})
+        group.state = WorkerState.FAILED
 
     def _wait_for_something(self) -> None:
         """Sleeps until the daemon speaks or a worker ends."""
         if self._handler.has_newer_round or self._warm.pending or self._handler.channel.pending:
             return
-        watched: list[Any] = [self._handler.channel, self._warm]
-        pidfds = self._pidfds() if self._worker_group.state is WorkerState.HEALTHY else []
-        try:
-            select.select([*watched, *pidfds], [], [])
-        finally:
-            for fd in pidfds:
-                os.close(fd)
-
-    def _pidfds(self) -> list[int]:
-        if not isinstance(self._pcontext, SubprocessContext):
-            return []
-        found = []
-        for pid in self._pcontext.pids().values():
-            with contextlib.suppress(ProcessLookupError):
-                found.append(os.pidfd_open(pid))
-        return found
+        poll = select.poll()
+        for channel in (self._handler.channel, self._warm):
+            poll.register(channel, select.POLLIN)
+        poll.poll()
 
     def _look_at_workers(self, group: WorkerGroup) -> None:
         assert self._pcontext is not None
@@ -135,16 +142,18 @@ class NodeAgent(LocalElasticAgent):
         self._reported = number
         if not result.is_failed():
             group.state = WorkerState.SUCCEEDED
-            self._result = self._stopped_result(group)
             self._say({"type": "workers_succeeded", "round": number})
             return
-        first = first_failure(result.failures)
-        failure = describe(first, self._handler.seat().first_rank)
+        first_rank = self._handler.seat().first_rank
+        self._failures = {first_rank + failure.local_rank: failure for failure in result.failures.values()}
+        failure = describe(first_failure(result.failures), first_rank)
         self._say({"type": "workers_failed", "round": number, "failure": failure})
         self._stop(group, self._config.stop_timeout_s, state=WorkerState.FAILED)
 
-    def _stopped_result(self, group: WorkerGroup) -> RunResult:
-        return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(w.global_rank for w in group.workers))
+    def _result(self, group: WorkerGroup, state: WorkerState) -> RunResult:
+        """What torch's own events and metrics are made from."""
+        others = dict.fromkeys(w.global_rank for w in group.workers if w.global_rank not in self._failures)
+        return RunResult(state=state, return_values=others, failures=self._failures)
 
     def _stop(self, group: WorkerGroup, timeout_s: float, state: WorkerState = WorkerState.STOPPED) -> None:
         if self._pcontext is None:
@@ -185,7 +194,7 @@ class NodeAgent(LocalElasticAgent):
         envs = {w.local_rank: self._environment(worker_group, w) for w in worker_group.workers}
         self._setup_local_watchdog(envs=envs)
         commands = {rank: self._command(rank) for rank in envs}
-        context = self._warm_context(commands, envs) if self._config.warm else self._plain_context(commands, envs)
+        context = self._context(commands, envs)
         context.start()
         self._pcontext = context
         pids = context.pids()
@@ -218,11 +227,14 @@ class NodeAgent(LocalElasticAgent):
             "ELASTICD_NODE_ID": self._config.node_id,
         }
         self._set_local_rank_env(env, worker.local_rank, spec)  # type: ignore[arg-type]
+        if "OMP_NUM_THREADS" in os.environ or spec.local_world_size > 1:  # torchrun's own rule
+            env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
         return env
 
     def _command(self, local_rank: int) -> tuple[str, ...]:
-        first, *rest = self._config.command
-        return (first, *macros.substitute(list(rest), str(local_rank)))
+        """Macros stand in arguments, and for Python the script is one, too."""
+        untouched = self._config.command[: 1 if self._config.no_python else 0]
+        return (*untouched, *macros.substitute(list(self._config.command[len(untouched) :]), str(local_rank)))
 
     def _prefixes(self, ranks: dict[int, Any]) -> dict[int, str] | None:
         template = self._config.log_line_prefix_template
@@ -235,41 +247,22 @@ class NodeAgent(LocalElasticAgent):
             for local in ranks
         }
 
-    def _warm_context(self, commands: dict[int, tuple[str, ...]], envs: dict[int, dict[str, str]]) -> WarmContext:
+    def _context(self, commands: dict[int, tuple[str, ...]], envs: dict[int, dict[str, str]]) -> WarmContext:
+        config = self._config
         what = WorkerCommand(
-            command=self._config.command,
-            is_module=self._config.is_module,
-            no_python=self._config.no_python,
-            working_dir=self._config.working_dir,
-            user=self._config.user,
+            name=config.role,
+            is_module=config.is_module,
+            no_python=config.no_python,
+            fresh=not config.warm,
+            working_dir=config.working_dir,
+            user=config.user,
         )
-        return WarmContext(self._warm, what, commands, envs, self._logs, self._prefixes(envs), self._filters())
-
-    def _plain_context(
-        self, commands: dict[int, tuple[str, ...]], envs: dict[int, dict[str, str]]
-    ) -> SubprocessContext:
-        """A new interpreter for each worker, as torchrun starts them."""
-        interpreter = [] if self._config.no_python else [sys.executable, "-u"]
-        interpreter += ["-m"] if self._config.is_module else []
-        full = {rank: (*interpreter, *command) for rank, command in commands.items()}
-        if self._config.working_dir:
-            os.chdir(self._config.working_dir)
-        return SubprocessContext(
-            name=self._worker_group.spec.role,
-            entrypoint=full[0][0],
-            args={rank: command[1:] for rank, command in full.items()},
-            envs=envs,
-            logs_specs=self._logs,
-            log_line_prefixes=self._prefixes(envs),
-            **self._filters(),
+        output = Output(
+            prefixes=self._prefixes(envs),
+            stdout_filters=tuple(config.duplicate_stdout_filters),
+            stderr_filters=tuple(config.duplicate_stderr_filters),
         )
-
-    def _filters(self) -> dict[str, Any]:
-        """torchrun's --duplicate-stdout-filters and --duplicate-stderr-filters, as torch's contexts take them."""
-        return {
-            "duplicate_stdout_filters": list(self._config.duplicate_stdout_filters),
-            "duplicate_stderr_filters": list(self._config.duplicate_stderr_filters),
-        }
+        return WarmContext(self._warm, what, commands, envs, self._logs, output)
 
     def _say(self, message: Message) -> None:
         with contextlib.suppress(ChannelClosed):  # found out, and acted on, where the loop reads
@@ -288,6 +281,8 @@ def describe(failure: ProcessFailure, first_rank: int) -> Message:
     if isinstance(details, dict):
         traceback = str(details.get("extraInfo", {}).get("py_callstack", ""))
         message = str(details.get("message", message))
+    elif failure.exitcode > 0:
+        message = "it ended by itself and left no traceback"
     return {
         "rank": first_rank + failure.local_rank,
         "local_rank": failure.local_rank,
@@ -300,30 +295,34 @@ def describe(failure: ProcessFailure, first_rank: int) -> Message:
 def run_agent(config: AgentConfig) -> None:
     """The agent process: connects to the daemon and the warm server, and runs until the daemon ends it."""
     try:
-        channel = Channel.connect(config.daemon_socket)
-        warm = Channel.connect(config.warm_socket)
-        nproc = determine_local_world_size(config.nproc_per_node)
-        handler = DaemonRendezvousHandler(
-            channel, job_id=config.job_id, node_id=NodeId(config.node_id), nproc=nproc, connect=False, asks=False
-        )
-        handler.hello(os.getpid())
-        agent = _make_agent(config, handler, warm, nproc)
+        agent = _connect(config)
+    except (ChannelClosed, ValueError, KeyError, OSError) as error:
+        log.error("elasticd: job %s cannot be started on node %s: %s", config.job_id, config.node_id, error)
+        raise SystemExit(CANNOT_RUN) from None
+    try:
         agent.run()
     except (ChannelClosed, RendezvousConnectionError, RendezvousGracefulExitError) as error:
         log.info("agent ends: %s", error)
 
 
-def _make_agent(config: AgentConfig, handler: DaemonRendezvousHandler, warm: Channel, nproc: int) -> NodeAgent:
-    unused: Callable[[], None] = lambda: None  # noqa: E731 - WorkerSpec wants an entry point; ours is the command
+def _connect(config: AgentConfig) -> NodeAgent:
+    """ValueError when ``nproc_per_node`` means nothing on this node, KeyError when there is no such user."""
+    nproc = determine_local_world_size(config.nproc_per_node)
+    ranks = {int(rank) for rank in config.local_ranks_filter.split(",") if rank.strip()}
+    redirects, tee = Std.from_str(config.redirects), Std.from_str(config.tee)
+    logs = RoundLogs(config.log_dir, redirects, tee, ranks or None, config.user)
+    channel, warm = Channel.connect(config.daemon_socket), Channel.connect(config.warm_socket)
+    handler = DaemonRendezvousHandler(
+        channel, job_id=config.job_id, node_id=NodeId(config.node_id), nproc=nproc, connect=False, asks=False
+    )
+    handler.hello(os.getpid())
     spec = WorkerSpec(
         role=config.role,
         local_world_size=nproc,
         rdzv_handler=handler,
-        entrypoint=unused,
+        entrypoint=config.command[0],
         max_restarts=config.max_restarts,
-        virtual_local_rank=config.virtual_local_rank,
         event_log_handler=config.event_log_handler,
+        virtual_local_rank=config.virtual_local_rank,
     )
-    ranks = {int(rank) for rank in config.local_ranks_filter.split(",") if rank.strip()}
-    logs = RoundLogs(config.log_dir, Std.from_str(config.redirects), Std.from_str(config.tee), ranks or None)
     return NodeAgent(spec, logs, config, handler, warm)

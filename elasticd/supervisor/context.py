@@ -1,24 +1,22 @@
-"""Worker processes as torch's agent sees them (PContext), forked by the warm server.
+"""Worker processes as torch's agent sees them (PContext), started by the warm server.
 
-Exits arrive as messages on the server's socket, so the agent sleeps until something happens. Not here: plain
-processes (torch's SubprocessContext serves for ``--start-method spawn``).
+Exits arrive as messages on the server's socket, so the agent sleeps until something happens. A plain start is a fork
+too, which then becomes a new interpreter: torch's own SubprocessContext waits 30 s whatever it was told, and leaves
+its processes behind when the agent is killed (TORCH.md).
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import LogsSpecs, PContext, RunProcsResult
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from elasticd.channel import Channel, Message
 from elasticd.supervisor.process import ForkRequest
-from elasticd.supervisor.warm import kill_group
+from elasticd.supervisor.warm import kill_group, signal_group
 
 KILL_PATIENCE_S = 10.0
 
@@ -27,11 +25,21 @@ KILL_PATIENCE_S = 10.0
 class WorkerCommand:
     """What all workers of a node have in common."""
 
-    command: tuple[str, ...]
-    is_module: bool
-    no_python: bool
-    working_dir: str
-    user: str
+    name: str
+    is_module: bool = False
+    no_python: bool = False
+    fresh: bool = False
+    working_dir: str = ""
+    user: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What becomes of the workers' lines, beside the files that they go to."""
+
+    prefixes: dict[int, str] | None = None
+    stdout_filters: tuple[str, ...] = ()
+    stderr_filters: tuple[str, ...] = ()
 
 
 class WarmContext(PContext):
@@ -44,10 +52,18 @@ class WarmContext(PContext):
         commands: dict[int, tuple[str, ...]],
         envs: dict[int, dict[str, str]],
         logs_specs: LogsSpecs,
-        log_line_prefixes: dict[int, str] | None,
-        filters: dict[str, Any],
+        output: Output,
     ) -> None:
-        super().__init__("worker", what.command[0], dict(commands), envs, logs_specs, log_line_prefixes, **filters)
+        super().__init__(
+            what.name,
+            commands[0][0],
+            dict(commands),
+            envs,
+            logs_specs,
+            output.prefixes,
+            list(output.stdout_filters),
+            list(output.stderr_filters),
+        )
         self._channel, self._what, self._commands = channel, what, commands
         self._pids: dict[int, int] = {}
         self._statuses: dict[int, int] = {}
@@ -64,6 +80,7 @@ class WarmContext(PContext):
                 command=self._commands[local_rank],
                 is_module=self._what.is_module,
                 no_python=self._what.no_python,
+                fresh=self._what.fresh,
                 working_dir=self._what.working_dir,
                 user=self._what.user,
                 env=self.envs[local_rank],
@@ -92,13 +109,14 @@ class WarmContext(PContext):
         return {rank: self._statuses[pid] for rank, pid in self._pids.items() if pid in self._statuses}
 
     def failures(self) -> dict[int, ProcessFailure]:
-        return {
-            rank: ProcessFailure(
-                local_rank=rank, pid=self._pids[rank], exitcode=code, error_file=self.error_files[rank]
-            )
-            for rank, code in self.exits().items()
-            if code != 0
-        }
+        return {rank: self._failure(rank, code) for rank, code in self.exits().items() if code != 0}
+
+    def _failure(self, rank: int, code: int) -> ProcessFailure:
+        pid = self._pids[rank]
+        try:
+            return ProcessFailure(local_rank=rank, pid=pid, exitcode=code, error_file=self.error_files[rank])
+        except (ValueError, KeyError, TypeError):  # the worker was killed while it wrote, or wrote something else
+            return ProcessFailure(local_rank=rank, pid=pid, exitcode=code, error_file="")
 
     def _poll(self) -> RunProcsResult | None:
         self.hear()
@@ -118,8 +136,7 @@ class WarmContext(PContext):
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
         """The signal to each process group, SIGKILL to what is left after the time-out."""
         for pid in self._running():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, death_sig)
+            signal_group(pid, death_sig)
         self._wait(timeout)
         for pid in self._running():
             kill_group(pid)

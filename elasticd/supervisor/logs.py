@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pwd
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, S
 class RoundLogs(LogsSpecs):
     """``<log_dir>/<job>/round_<n>/rank_<r>/{stdout.log,stderr.log,error.json}``.
 
-    Without a log_dir only error files are written, in a temporary folder of this agent.
+    What an earlier run of the same job left there is moved aside, to ``rank_<r>.1`` and so on. Without a log_dir, a
+    temporary folder of this agent's. ``user``: who must be able to write there.
     """
 
     def __init__(
@@ -21,9 +24,14 @@ class RoundLogs(LogsSpecs):
         redirects: Std | dict[int, Std] = Std.NONE,
         tee: Std | dict[int, Std] = Std.NONE,
         local_ranks_filter: set[int] | None = None,
+        user: str = "",
     ) -> None:
         super().__init__(log_dir or tempfile.mkdtemp(prefix="elasticd-"), redirects, tee, local_ranks_filter)
         self.round_number = 0
+        self._made = "" if log_dir else self.root_log_dir
+        self._owner = pwd.getpwnam(user) if user else None
+        if self._made:
+            self._give(Path(self._made))
 
     @property
     def root_log_dir(self) -> str:
@@ -34,9 +42,12 @@ class RoundLogs(LogsSpecs):
         count = len(envs)
         tee = to_map(self._tee, count)
         redirects = {rank: std | tee[rank] for rank, std in to_map(self._redirects, count).items()}
-        made = LogsDest(filtered_stdout=self._filtered(envs, "stdout"), filtered_stderr=self._filtered(envs, "stderr"))
+        first = self._folder(envs[0])
+        made = LogsDest(
+            filtered_stdout=str(first / "filtered_stdout.log"), filtered_stderr=str(first / "filtered_stderr.log")
+        )
         for local_rank, env in envs.items():
-            folder = self._folder(env)
+            folder = self._fresh_folder(env)
             out, err = str(folder / "stdout.log"), str(folder / "stderr.log")
             shown = self._local_ranks_filter is None or local_rank in self._local_ranks_filter
             made.stdouts[local_rank] = out if redirects[local_rank] & Std.OUT else ("" if shown else os.devnull)
@@ -48,12 +59,27 @@ class RoundLogs(LogsSpecs):
             made.error_files[local_rank] = env["TORCHELASTIC_ERROR_FILE"] = str(folder / "error.json")
         return made
 
-    def _filtered(self, envs: dict[int, dict[str, str]], stream: str) -> str:
-        """Where the lines go that torchrun's duplicate filters pick, from all ranks of this node."""
-        return str(self._folder(envs[0]).with_name(f"filtered_{stream}.log"))
+    def close(self) -> None:
+        """Removes the temporary folder, unless it holds output that somebody asked for."""
+        nothing = not self._redirects and not self._tee
+        if self._made and nothing:
+            shutil.rmtree(self._made, ignore_errors=True)
 
     def _folder(self, env: dict[str, str]) -> Path:
         job, rank = env["TORCHELASTIC_RUN_ID"], env["RANK"]
-        folder = Path(self.root_log_dir) / job / f"round_{self.round_number}" / f"rank_{rank}"
-        folder.mkdir(parents=True, exist_ok=True)
+        return Path(self.root_log_dir) / job / f"round_{self.round_number}" / f"rank_{rank}"
+
+    def _fresh_folder(self, env: dict[str, str]) -> Path:
+        folder = self._folder(env)
+        if folder.exists():
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+                number += 1
+            folder.rename(aside)
+        folder.mkdir(parents=True)
+        self._give(folder)
         return folder
+
+    def _give(self, folder: Path) -> None:
+        if self._owner is not None and self._owner.pw_uid != os.getuid():
+            os.chown(folder, self._owner.pw_uid, self._owner.pw_gid)

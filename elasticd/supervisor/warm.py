@@ -2,15 +2,18 @@
 
 One thread, no GPU context, no random state that a fork should not share. A restart of a worker costs a fork (about
 10 ms) and not an import (2 to 4 s; TORCH.md). Started by the daemon as ``python -m elasticd.supervisor.warm``:
-``CONTROL_FD LISTEN_PATH``. End-of-file on the control socket ends the server and every process group below it.
+``CONTROL_FD LISTEN_PATH``. When the daemon goes, by end-of-file on the control socket or by a signal from the kernel,
+every process group below the server is killed, and the server ends.
 
 Requests, as lines of channel.py. From the daemon: preload, start_agent. From an agent: fork. Answers: preloaded,
-agent_started, forked, exited. Not here: what the child does (process.py, script.py, agent.py).
+agent_started, forked, exited; the daemon hears of every process, so that it can kill what outlives a server that dies.
+Not here: what the child does (process.py, script.py, agent.py), what a script imports (imports.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import selectors
@@ -24,12 +27,11 @@ from pathlib import Path
 
 from elasticd.channel import Channel, Message
 from elasticd.errors import ChannelClosed, ProtocolError
-from elasticd.supervisor.process import ForkRequest, become_child
-from elasticd.supervisor.script import find_imports, run
+from elasticd.supervisor.imports import find_imports, hidden_modules, module_source, script_source
+from elasticd.supervisor.process import ForkRequest, Origin, become_child, die_with_parent
+from elasticd.supervisor.script import CANNOT_RUN, refuse, run
 
 ALWAYS = (
-    "numpy",
-    "torch",
     "torch.distributed",
     "torch.nn.parallel",
     "torch.distributed.elastic.agent.server.local_elastic_agent",
@@ -40,6 +42,8 @@ ALWAYS = (
     "elasticd.supervisor.agent",
     "elasticd.worker.session",
 )
+#: numpy's BLAS makes its threads when it is imported, and a process with threads should not fork.
+IMPORT_ENV = {"OPENBLAS_NUM_THREADS": "1"}
 
 Continuation = Callable[[], None]
 
@@ -52,6 +56,9 @@ class _Server:
     owners: dict[int, Channel] = field(default_factory=dict)  # pid -> who asked for it
     clients: set[Channel] = field(default_factory=set)
     wakeup: tuple[int, int] = (-1, -1)
+    import_env: tuple[str, ...] = ()
+    threads: int = 0
+    why_not_warm: str = ""  # why workers need a new interpreter after all
 
     def serve(self) -> Continuation | None:
         """Serves until the daemon goes; in a forked child, returns what the child is to do."""
@@ -71,6 +78,8 @@ class _Server:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the daemon, which decides
         for source in (self.control, self.listener, self.wakeup[0]):
             self.selector.register(source, selectors.EVENT_READ)
+        self.import_env = tuple(name for name in IMPORT_ENV if name not in os.environ)
+        os.environ.update({name: IMPORT_ENV[name] for name in self.import_env})
 
     def _ready(self, source: object) -> Continuation | None:
         if source is self.listener:
@@ -92,7 +101,9 @@ class _Server:
                 child = self._answer(source, message)
                 if child is not None:
                     return child
-        except (ChannelClosed, ProtocolError):
+        except (ChannelClosed, ProtocolError, KeyError, TypeError) as error:
+            if not isinstance(error, ChannelClosed):
+                sys.stderr.write(f"elasticd: the warm server closes a connection: {error!r}\n")
             self._gone(source)
         return None
 
@@ -105,10 +116,16 @@ class _Server:
         self.clients.discard(source)
         source.close()
 
+    def kill_everything(self) -> None:
+        """The daemon died while the server was busy: a signal handler's work, done in the middle of anything."""
+        for pid in list(self.owners):
+            kill_group(pid)
+        os._exit(1)
+
     def _answer(self, source: Channel, message: Message) -> Continuation | None:
         match message["type"]:
             case "preload":
-                self._tell(source, preload(message))
+                self._tell(source, self._preload(message))
             case "start_agent" if source is self.control:
                 return self._fork_agent(message)
             case "fork":
@@ -117,79 +134,131 @@ class _Server:
                 raise ProtocolError(f"unknown request {other!r}")
         return None
 
+    # --- imports ---
+
+    def _preload(self, message: Message) -> Message:
+        """Imports what the script will; a module that fails is left for the script to fail on."""
+        started = time.monotonic()
+        if not self.threads:
+            self.threads = _import_torch()
+        names, folder = _learn(message)
+        failed = [name for name in (*ALWAYS, *names) if not _import(name)]
+        self.why_not_warm = _why_not_warm(folder)
+        gc.collect()
+        gc.freeze()  # forked children then do not copy pages only to look for garbage in them
+        seconds = time.monotonic() - started
+        return {"type": "preloaded", "seconds": seconds, "failed": failed[:50], "why_not_warm": self.why_not_warm}
+
+    # --- processes ---
+
     def _fork_agent(self, message: Message) -> Continuation | None:
         from elasticd.supervisor.agent import AgentConfig, run_agent
 
-        request = ForkRequest(command=("elasticd-agent",), env=message.get("env", {}))
         config: AgentConfig = AgentConfig.from_message(message["config"])
-        if self._fork(self.control, request, "agent_started", message):
+        if self._fork(self.control, ForkRequest(command=("elasticd-agent",)), "agent_started", 0):
             return lambda: run_agent(config)
         return None
 
     def _fork_worker(self, source: Channel, message: Message) -> Continuation | None:
         fields = {name: value for name, value in message.items() if name not in ("type", "id")}
+        fields["fresh"] = bool(fields.get("fresh")) or bool(self.why_not_warm)
         request = ForkRequest(**{**fields, "command": tuple(message["command"])})
-        return (lambda: run(request)) if self._fork(source, request, "forked", message) else None
+        return (lambda: run(request)) if self._fork(source, request, "forked", message["id"]) else None
 
-    def _fork(self, owner: Channel, request: ForkRequest, answer: str, message: Message) -> bool:
+    def _fork(self, owner: Channel, request: ForkRequest, answer: str, ident: object) -> bool:
         """True in the child."""
-        parent = os.getpid()
+        origin = Origin(pid=os.getpid(), env=self.import_env, threads=self.threads)
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # its handler would kill the siblings
             try:
-                become_child(request, parent, self._fds())
+                self._close_inherited()
+                become_child(request, origin)
             except (OSError, KeyError) as error:
-                sys.stderr.write(f"elasticd: cannot start {' '.join(request.command)}: {error}\n")
-                sys.stderr.flush()
-                os._exit(127)
+                text = f"cannot start {' '.join(request.command)}: {error}"
+                refuse(text, request.env.get("TORCHELASTIC_ERROR_FILE", ""))
+                os._exit(CANNOT_RUN)
             return True
         self.owners[pid] = owner
-        self._tell(owner, {"type": answer, "id": message.get("id", 0), "pid": pid})
+        started = {"type": answer, "id": ident, "pid": pid}
+        self._tell(owner, started)
+        if owner is not self.control:
+            self._tell(self.control, started)
         return False
 
-    def _fds(self) -> list[int]:
-        mine = [self.control.fileno(), self.listener.fileno(), *self.wakeup, *(c.fileno() for c in self.clients)]
-        selector = self.selector
-        assert isinstance(selector, selectors.EpollSelector)
-        return [*mine, selector.fileno()]
+    def _close_inherited(self) -> None:
+        """As objects and not as numbers: a number may be the script's own file by the time they are collected."""
+        signal.set_wakeup_fd(-1)
+        self.selector.close()
+        self.listener.close()
+        for channel in (self.control, *self.clients):
+            channel.close()
+        for fd in self.wakeup:
+            os.close(fd)
 
     def _reap(self) -> None:
         while self.owners:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if ended is None:
                 return
-            kill_group(pid)  # what a worker leaves behind (data loaders) goes with it
-            owner = self.owners.pop(pid, None)
+            # What a worker leaves behind (data loaders) goes with it, while its number cannot be anybody else's.
+            kill_group(ended.si_pid)
+            _, status = os.waitpid(ended.si_pid, 0)
+            owner = self.owners.pop(ended.si_pid, None)
             if owner is not None:
-                self._tell(owner, {"type": "exited", "pid": pid, "status": os.waitstatus_to_exitcode(status)})
+                gone = {"type": "exited", "pid": ended.si_pid, "status": os.waitstatus_to_exitcode(status)}
+                self._tell(owner, gone)
+                if owner is not self.control:
+                    self._tell(self.control, gone)
 
     def _tell(self, whom: Channel, message: Message) -> None:
         with contextlib.suppress(ChannelClosed):
             whom.send(message)
 
 
+def signal_group(pid: int, number: signal.Signals) -> None:
+    """A signal to a child's process group; to the child alone before it has called setsid, a moment after the fork."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def kill_group(pid: int) -> None:
-    """SIGKILL to a child's process group; the child leads one since it called setsid."""
+    """SIGKILL to a child's process group; the child leads one since it called setsid, and may not have done so yet."""
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
 
 
-def preload(message: Message) -> Message:
-    """Imports what the script will; a module that fails is left for the script to fail on."""
-    started = time.monotonic()
-    names = [*ALWAYS]
-    if message.get("script"):
-        names += find_imports(message["script"], is_module=bool(message.get("is_module")))
-    failed = [name for name in names if not _import(name)]
-    torch = sys.modules.get("torch")
-    cuda = bool(torch is not None and torch.cuda.is_initialized())
-    return {"type": "preloaded", "seconds": time.monotonic() - started, "failed": failed[:50], "cuda": cuda}
+def _learn(message: Message) -> tuple[list[str], Path | None]:
+    """What the script imports, and the folder that comes first on its path."""
+    script, folder = str(message.get("script", "")), Path(message.get("working_dir") or ".").absolute()
+    if not script:
+        return [], None
+    if message.get("is_module"):
+        source = module_source(script, folder)
+    else:
+        source, folder = script_source(str(folder / script))
+    return (find_imports(source, folder) if source else []), folder
+
+
+def _import_torch() -> int:
+    """How many threads torch would take in a new interpreter; here it must not take more than this one."""
+    _import("numpy")
+    if not _import("torch"):
+        return 0
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return threads
 
 
 def _import(name: str) -> bool:
@@ -197,15 +266,39 @@ def _import(name: str) -> bool:
         importlib.import_module(name)
     except ModuleNotFoundError:
         return "." in name  # `from package import function` names no module
-    except Exception:  # noqa: BLE001 - somebody else's module may raise anything
+    except (Exception, SystemExit):  # noqa: BLE001 - somebody else's module may raise anything
         return False
     return True
 
 
+def _why_not_warm(folder: Path | None) -> str:
+    """What makes a fork of this process unlike a new interpreter; empty when nothing does."""
+    torch = sys.modules.get("torch")
+    if (torch is not None and torch.cuda.is_initialized()) or _holds_gpu():
+        return "an import initialised CUDA, and a forked process could not use the GPU"
+    if (count := sum(1 for _ in Path("/proc/self/task").iterdir())) > 1:
+        return f"an import started {count - 1} threads, which a forked process would lack"
+    with contextlib.suppress(OSError):
+        if folder is not None and (hidden := hidden_modules(folder)):
+            return f"{folder} has a {hidden[0]!r} of its own, and another one is loaded already"
+    return ""
+
+
+def _holds_gpu() -> bool:
+    """Whether the driver has been opened for computing (NVML alone does not need this device)."""
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if fd.readlink() == Path("/dev/nvidia-uvm"):
+                return True
+    return False
+
+
 def main() -> None:
-    """``python -m elasticd.supervisor.warm CONTROL_FD LISTEN_PATH``."""
-    control_fd, listen_path = int(sys.argv[1]), sys.argv[2]
+    """``python -u -m elasticd.supervisor.warm CONTROL_FD LISTEN_PATH PARENT_PID``."""
+    control_fd, listen_path, parent_pid = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    del sys.path[0]  # python -m put the current folder there: what is found in it is not the script's
     control = Channel(socket.socket(fileno=control_fd))
+    os.set_inheritable(control_fd, False)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     Path(listen_path).unlink(missing_ok=True)
     mask = os.umask(0o177)
@@ -213,6 +306,8 @@ def main() -> None:
     os.umask(mask)
     listener.listen(8)
     server = _Server(control=control, listener=listener)
+    signal.signal(signal.SIGTERM, lambda *_: server.kill_everything())
+    die_with_parent(parent_pid, signal.SIGTERM)
     child = server.serve()
     if child is not None:
         child()  # in the child: the interpreter then ends as it would after a script
