@@ -90,6 +90,19 @@ def test_two_that_do_not_hear_each_other_do_not_take_turns(seed: int) -> None:
     assert sim.round().number <= after + 3
 
 
+def test_a_spare_that_hears_nobody_does_not_take_over() -> None:
+    sim = cluster("abc", maximum=2)
+    spare = next(name for name in "abc" if name not in sim.world())
+    for name in sim.world():
+        sim.partition(spare, name)
+    before = sim.round().number
+    sim.run(20)
+    assert sim.round().number == before
+    for name in sim.world():
+        sim.kill(name)
+    assert sim.run(8, lambda: sim.world() == [spare])  # when the leases are gone too, it does
+
+
 def test_a_joiner_is_let_in() -> None:
     sim = cluster("ab")
     sim.add("c")

@@ -134,6 +134,31 @@ def test_a_hello_that_nobody_stands_behind_is_no_link() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("dropper", ["a", "b"])
+def test_who_is_not_watched_any_more_sees_the_end_of_the_link(dropper: str) -> None:
+    """And not a silence: that would be held against the one that only looked away."""
+
+    async def scenario() -> None:
+        a, b = Node("a"), Node("b")
+        at_a, at_b = await a.listen(), await b.listen()
+        a.links.watch(frozenset([at_b]))
+        b.links.watch(frozenset([at_a]))
+        await eventually(lambda: isinstance(a.last, PeerUp) and isinstance(b.last, PeerUp))
+        looks_away, other = (a, at_b) if dropper == "a" else (b, at_a)
+        stays = b if dropper == "a" else a
+        looks_away.links.watch(frozenset())
+        looks_away.links.watch(frozenset([other]))
+        until = time.monotonic() + 2 * FAST.dead_after_s
+        await eventually(lambda: time.monotonic() > until)
+        assert stays.last == PeerUp(node_id=NodeId(looks_away.name), boot_id=looks_away.boot)
+        assert looks_away.heard[-1][1] == PeerUp(node_id=NodeId(stays.name), boot_id=stays.boot)
+        assert not any(isinstance(event, PeerDown) for _, event in stays.heard)
+        await a.links.close()
+        await b.links.close()
+
+    asyncio.run(scenario())
+
+
 def test_another_life_of_the_node_is_not_the_peer() -> None:
     async def scenario() -> None:
         a, b = Node("a"), Node("b", boot="second")

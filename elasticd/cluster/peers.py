@@ -151,8 +151,10 @@ class PeerLinks:
                 self._say(peer, await self._why_silent(peer))
                 patience_s = MAX_BACKOFF_S
                 continue
-            silent = await self._until_end(connection, peer)
-            self._drop(connection)
+            try:
+                silent = await self._until_end(connection, peer)
+            finally:  # also when it is not watched any more: the other end must see the end, and not a silence
+                self._drop(connection)
             patience_s = self._settings.dead_after_s
             how = Down.SILENT if silent else await self._why_ended(peer)
             if how is not None and self._incoming[peer].empty():

@@ -20,7 +20,7 @@ from elasticd.core.model import Failure, JobId, JobSpec, Node, NodeId, Phase, Ro
 from elasticd.core.proposer import Proposer
 from elasticd.core.rendezvous import NothingToChange
 from elasticd.core.scheduling import choose_job
-from elasticd.core.situation import Knowledge, assess, peers_wanted, seniority, unreachable
+from elasticd.core.situation import Knowledge, assess, outsider_lost_all, peers_wanted, seniority, unreachable
 from elasticd.core.stages import Stage, Trigger, advance
 from elasticd.core.task import Task
 from elasticd.core.view import Job, Keyed, View
@@ -301,7 +301,7 @@ class Machine:
             return
         if not self._may_write(Write.ROUND) or Write.MEMBER in self._in_flight:
             return
-        situation = assess(self._knowledge(now), job, task, parked=task.parked() and self.stage is Stage.RUNNING)
+        situation = assess(self._knowledge(job, now), job, task, parked=task.parked() and self.stage is Stage.RUNNING)
         boundary_at = task.boundary_at() if self.stage is Stage.RUNNING else 0.0
         due = self._proposer.consider(situation, seniority(situation, self.node.node_id, self.links), boundary_at, now)
         if due.ask_boundary and task.boundary_asked is None:
@@ -316,11 +316,13 @@ class Machine:
             # The store came back empty: the world that stands is written again as it was.
             yield from self._write_round(task, job, mine, task.last_round, frozenset(), 0.0)
 
-    def _knowledge(self, now: float) -> Knowledge:
+    def _knowledge(self, job: Job, now: float) -> Knowledge:
         """What may count as evidence now: silence that began in an outage of the store may be our own."""
         links = self.links
-        if now < self.store_back_at + RECONNECT_GRACE_S:
+        in_grace = now < self.store_back_at + RECONNECT_GRACE_S
+        if in_grace or outsider_lost_all(self.node.node_id, job, links):
             links = {n: link for n, link in links.items() if link.down is not Down.SILENT}
+        if in_grace:
             self._wake(self.store_back_at + RECONNECT_GRACE_S)
         store_up_s = 0.0 if self.store_up_since is None else now - self.store_up_since
         evidence = Evidence(

@@ -107,7 +107,10 @@ class MemberState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """The first error of a worker group: who, and why. ``traceback`` is bounded by the writer."""
+    """The first error of a worker group: who, and why. ``traceback`` is bounded by the writer.
+
+    ``final``: whoever says it has spent a budget of restarts of its own (torchrun's agent).
+    """
 
     node_id: NodeId
     rank: int
@@ -115,6 +118,7 @@ class Failure:
     exit_code: int
     message: str
     traceback: str = ""
+    final: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -148,7 +148,7 @@ def _change(situation: Situation, current: Round) -> Proposal | Wait:
         return _world(situation, stay, Cause.NODE_LOST, evict=situation.lost - situation.finished)
     failures = _failures(situation, current)
     if failures:
-        return _after_failure(situation, current, stay, failures[0])
+        return _after_failure(situation, current, stay, next((f for f in failures if f.final), failures[0]))
     return _planned(situation, current, seats, stay)
 
 
@@ -171,7 +171,7 @@ def _planned(situation: Situation, current: Round, seats: frozenset[NodeId], sta
 
 def _after_failure(situation: Situation, current: Round, stay: Sequence[NodeId], failure: Failure) -> Proposal | Wait:
     """A worker failed: within the budget everybody starts again, beyond it the job has failed."""
-    if current.restarts_by(Cause.WORKER_FAILED) >= situation.spec.max_restarts:
+    if failure.final or current.restarts_by(Cause.WORKER_FAILED) >= situation.spec.max_restarts:
         return _end(situation, Phase.FAILED, Cause.WORKER_FAILED, failure, SETTLE_FAILURE_S)
     return _world(situation, stay, Cause.WORKER_FAILED, failure=failure, settle_s=SETTLE_FAILURE_S)
 

@@ -77,6 +77,13 @@ def seniority(situation: Situation, me: NodeId, links: Mapping[NodeId, Link]) ->
     return place + CUT_OFF_TURNS if cut_off else place
 
 
+def outsider_lost_all(me: NodeId, job: Job, links: Mapping[NodeId, Link]) -> bool:
+    """Whether I hold no seat and several that do fell silent for me: then it is I who am cut off, until leases tell."""
+    seats = {seat.node_id for seat in job.round.value.seats} if job.round else set()
+    silent = {node for node in seats if node in links and links[node].down is Down.SILENT}
+    return me not in seats and len(silent) > 1
+
+
 def unreachable(links: Mapping[NodeId, Link], job: Job, watched: frozenset[PeerAddress]) -> tuple[BootId, ...]:
     """The lives that my links have lost and that hold no seat: what I say of them keeps them out until they are back.
 
