@@ -549,14 +549,20 @@ def test_all_ranks_start_afresh_when_nothing_verifies(tmp_path: Path) -> None:
         assert output.splitlines()[-1] == "found None"
 
 
-@pytest.mark.parametrize("there", ["nothing", "another of the same step"])
+@pytest.mark.parametrize("there", ["nothing", "another of the same step", "rotten metadata", "less data"])
 def test_ranks_that_see_different_directories_are_the_operators_error(tmp_path: Path, there: str) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
     mine.mkdir()
     other.mkdir()
     save(mine, 10)
-    if there != "nothing":
+    if there == "another of the same step":
         save(other, 10)
+    elif there != "nothing":
+        shutil.copytree(mine, other, dirs_exist_ok=True)
+    if there == "rotten metadata":
+        flip(other / "step-10" / METADATA_NAME)
+    if there == "less data":
+        os.truncate(data_file(other / "step-10"), 1000)
     with world(2, print_the_choice, [mine, other]) as ranks:
         assert ranks[0].wait() == 0
         assert ranks[1].wait() == 1

@@ -319,5 +319,9 @@ def test_a_deadline_is_learned_and_forgets_slowly() -> None:
     for at in range(3, 300):
         deadline.completed(0.01, float(at))
     assert deadline.expires_at() == 300.0  # the floor
+    deadline.postpone(350.0)  # a checkpoint is being saved
+    assert deadline.expires_at() == 351.0
+    deadline.postpone(340.0)
+    assert deadline.expires_at() == 351.0
     deadline.reset()
     assert deadline.expires_at() is None

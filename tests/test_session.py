@@ -32,6 +32,7 @@ from worker_runs import FakeDaemon, alone, byte_gpt, ledger, run, run_world, wor
 from elasticd import Session
 from elasticd.checkpoint import storage
 from elasticd.errors import ConfigError, Fenced
+from elasticd.worker import link
 from elasticd.worker.data import Cursor, sample_ids
 from elasticd.worker.link import MAX_REPORTS_PER_S, Folded, StepReport
 from elasticd.worker.session import EXIT_PARKED
@@ -518,7 +519,7 @@ def test_random_states_are_each_ranks_own_and_a_new_rank_gets_a_repeatable_one(t
     wider = drawn_by(3, tmp_path / "wider", 4)
     assert wider[:2] == resumed
     assert wider == drawn_by(3, tmp_path / "wider too", 4)
-    assert wider[2][3] not in [rank[3] for rank in resumed]
+    assert wider[2][3] not in [drawn for rank in whole for drawn in rank.values()]
 
 
 def fail_some_saves(directory: Path) -> None:
@@ -739,6 +740,28 @@ def test_a_daemon_that_talks_nonsense_is_left(daemon: FakeDaemon, nonsense: byte
         daemon.send_raw(0, nonsense)
         assert rank.wait() == 0, rank.output
         assert "training goes on" in rank.output
+
+
+def pause_between_steps() -> None:
+    """Run by a rank: a long step, and then a long time between two steps."""
+    link.PAUSE_REPORT_S = 0.05
+    with Session() as session:
+        for step in session.steps(until=4):
+            with step:
+                time.sleep(0.5 if step.index == 1 else 0.001)
+            if session.step == 3:
+                time.sleep(0.5)
+
+
+def test_a_long_time_between_steps_is_no_stuck_step(daemon: FakeDaemon) -> None:
+    """A checkpoint or an evaluation of minutes: the daemon hears of it, and of a long step it hears nothing."""
+    with alone(pause_between_steps, **env(daemon)) as rank:
+        assert rank.wait() == 0, rank.output
+    eventually(daemon.heard_out)
+    kinds = [message["type"] if message["type"] != "step" else message["step"] for message in daemon.messages]
+    assert "pause" not in kinds[kinds.index(1) : kinds.index(2)]
+    assert kinds[kinds.index(3) : kinds.index(4)].count("pause") > 2
+    assert {message["round"] for message in daemon.of_type("pause")} == {7}
 
 
 # --- reports that are folded ---

@@ -27,6 +27,10 @@ class StepDeadline:
         self._slowest_s = max(seconds, self._slowest_s * 0.98)
         self._last_at = now
 
+    def postpone(self, now: float) -> None:
+        """No step is under way: what is done between two steps takes as long as it takes."""
+        self._last_at = max(self._last_at, now)
+
     def expires_at(self) -> float | None:
         """When the current step counts as stuck; None while too little was seen."""
         if self._seen < self.warm_up:

@@ -138,6 +138,8 @@ class Machine:
                 task.sessions.pop(event.rank, None)
             case messages.StepCompleted() if event.round_number == task.started_round:
                 task.deadline.completed(event.seconds, now)
+            case messages.PauseReported() if event.round_number == task.started_round:
+                task.deadline.postpone(now)
             case messages.BoundaryReached() if event.round_number == task.started_round:
                 task.sessions[event.rank] = event.step
                 yield self._report_round("boundary", event.round_number, step=event.step)

@@ -153,6 +153,14 @@ class StepCompleted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PauseReported:
+    """A rank is between two steps just now: it saves a checkpoint, or evaluates. No step is under way."""
+
+    round_number: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BoundaryReached:
     round_number: int
     rank: int
@@ -193,6 +201,7 @@ Event = (
     | SessionJoined
     | SessionLeft
     | StepCompleted
+    | PauseReported
     | BoundaryReached
     | Ticked
     | ShutdownRequested

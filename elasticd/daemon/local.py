@@ -159,6 +159,8 @@ class LocalServer:
                 step, seconds = int(message["step"]), float(message["seconds"])
                 self._observe(caller, message)
                 self._post(messages.StepCompleted(round_number=number, rank=caller.rank, step=step, seconds=seconds))
+            case "pause":
+                self._post(messages.PauseReported(round_number=number, rank=caller.rank))
             case "boundary":
                 step = int(message["step"])
                 self._post(messages.BoundaryReached(round_number=number, rank=caller.rank, step=step))
@@ -181,4 +183,5 @@ def _failure(node_id: NodeId, plain: Message) -> Failure:
         exit_code=int(plain["exit_code"]),
         message=str(plain["message"])[:4096],
         traceback=str(plain.get("traceback", ""))[-32768:],
+        final=bool(plain.get("final", False)),
     )

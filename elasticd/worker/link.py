@@ -25,6 +25,8 @@ from elasticd.errors import ChannelClosed, ProtocolError
 log = logging.getLogger(__name__)
 
 MAX_REPORTS_PER_S = 20.0
+#: How often the daemon hears that a script is between two steps, so that it does not take it for stuck in one.
+PAUSE_REPORT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,8 @@ class DaemonLink:
         reader = Channel.connect(path)
         # Two ends of one socket: Channel is for one thread each, and both stay blocking.
         self._socket = socket.socket(fileno=socket.dup(reader.fileno()))
+        #: Whether a step is under way. Set by the training thread, without a lock: it costs the step nothing.
+        self.in_step = False
         self._round_number = int(hello["round"])
         self._boundary_wanted = False
         self._refusal = ""
@@ -153,16 +157,22 @@ class DaemonLink:
 
     def _next_message(self) -> Message | None:
         """Wait for something that may be sent now; None at the end. Reports go before other posts."""
+        pause_at = time.monotonic() + PAUSE_REPORT_S
         with self._ready:
             while True:
-                delay_s = 0.0 if self._outbox or self._closing else self._next_report_at - time.monotonic()
-                if self._reports.steps and delay_s <= 0 and not self._hello_pending:
+                now = time.monotonic()
+                report_at = now if self._outbox or self._closing else self._next_report_at
+                if self._reports.steps and report_at <= now and not self._hello_pending:
                     return self._take_reports()
                 if self._outbox:
                     return self._outbox.popleft()
                 if self._closing or self._closed.is_set():
                     return None
-                self._ready.wait(delay_s if self._reports.steps else None)
+                if pause_at <= now:
+                    if not self.in_step:
+                        return {"type": "pause", "round": self._round_number}
+                    pause_at = now + PAUSE_REPORT_S
+                self._ready.wait((report_at if self._reports.steps else pause_at) - now)
 
     @property
     def _hello_pending(self) -> bool:

@@ -225,16 +225,16 @@ class Session:
     def begin(self) -> None:
         if self._link is not None and self._link.refusal:
             raise Fenced(f"checkpoint refused: {self._link.refusal}")
-        self._in_step = True
+        self._set_in_step(True)
         self._waiting.take()
         self._control.start(self._completed, stop_wanted=self._link is not None and self._link.boundary_wanted)
 
     def abandon(self) -> None:
-        self._in_step = False
+        self._set_in_step(False)
 
     def complete(self, step: Step) -> None:
-        self._in_step = False
         step.stop_agreed, blocked_s = self._control.finish()
+        self._set_in_step(False)
         seconds = time.monotonic() - step.started_at
         self._completed = step.index + 1
         self.cursor, self.dataset_size = step.next_cursor, step.dataset_size
@@ -248,6 +248,11 @@ class Session:
                     metrics=step.metrics,
                 )
             )
+
+    def _set_in_step(self, value: bool) -> None:  # noqa: FBT001
+        self._in_step = value
+        if self._link is not None:
+            self._link.in_step = value
 
     def _own_state(self, *, with_random: bool) -> dict[str, Any]:
         cursor = {"epoch": self.cursor.epoch, "index": self.cursor.index}
