@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from simulation import Sim
 
+from elasticd.core import messages
 from elasticd.core.model import Cause, JobId, JobSpec, Phase
 
 
@@ -274,3 +275,44 @@ def test_random_faults_end_in_a_world_of_all_who_live(seed: int) -> None:
             sim.heal(node.node_id)
     wanted = sorted(n.node_id for n in sim.live())[:8]
     assert sim.run(60, lambda: sorted(sim.world()) == wanted), (seed, sim.round(), wanted)
+
+
+def stepping(steps: int = 5) -> Sim:
+    """One node whose script has done some steps of 0.1 s, and from then on says nothing."""
+    sim = cluster("a", sessions=True, max_restarts=1)
+    for step in range(steps):
+        done = messages.StepCompleted(round_number=1, rank=0, step=step + 1, seconds=0.1)
+        sim.nodes["a"].post(done)
+    return sim
+
+
+def failures(sim: Sim) -> list[float]:
+    return [at for at, event, _ in sim.nodes["a"].reports if event == "workers_failed"]
+
+
+def test_a_step_that_hangs_is_found_out_and_the_job_starts_again() -> None:
+    sim = stepping()
+    began_at = sim.now
+    assert sim.run(70, lambda: sim.round().number == 2)
+    assert failures(sim)[0] - began_at == pytest.approx(60, abs=1)
+    assert sim.round().restarts == ((Cause.WORKER_FAILED, 1),)
+
+
+def test_a_script_that_says_nothing_of_its_steps_is_never_stuck() -> None:
+    sim = stepping(steps=0)
+    sim.run(1000)
+    assert failures(sim) == []
+
+
+def test_a_long_checkpoint_is_no_hanging_step_but_a_hang_after_it_is() -> None:
+    sim = stepping()
+    for _ in range(30):
+        sim.run(10)
+        sim.nodes["a"].post(messages.PauseReported(round_number=1, rank=0))
+    assert failures(sim) == []
+    ended_at = sim.now
+    for _ in range(6):
+        sim.run(10)
+        sim.nodes["a"].post(messages.PauseReported(round_number=0, rank=0))  # of an older round: not meant
+    assert sim.run(20, lambda: bool(failures(sim)))
+    assert failures(sim)[0] - ended_at == pytest.approx(60, abs=1)
