@@ -327,7 +327,7 @@ def checked(config: DaemonConfig) -> DaemonConfig:
         _name(config.node_id)
     except ValueError as error:
         raise ConfigError(f"node.id {error}") from error
-    if _is_unspecified(config.address):
+    if is_unspecified(config.address):
         raise ConfigError(f"node.address {config.address} is not one that other nodes can reach: name this host's own")
     if config.detection.dead_after_s < 2 * config.detection.heartbeat_s:
         raise ConfigError("detection.dead_after_s must be at least twice detection.heartbeat_s")
@@ -400,7 +400,7 @@ def find_address(endpoints: tuple[str, ...]) -> str:
     return "127.0.0.1"
 
 
-def _is_unspecified(address: str) -> bool:
+def is_unspecified(address: str) -> bool:
     try:
         return ipaddress.ip_address(address).is_unspecified
     except ValueError:

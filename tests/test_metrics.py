@@ -36,7 +36,7 @@ from elasticd.config import DaemonConfig, MetricsConfig
 from elasticd.core import messages
 from elasticd.core.machine import Settings
 from elasticd.core.messages import Report
-from elasticd.core.model import Cause, JobId, JobSpec, NodeId, Phase, Round, Topology
+from elasticd.core.model import Capacity, Cause, JobId, JobSpec, NodeId, Phase, Round, Topology
 from elasticd.daemon.main import describe_node
 from elasticd.daemon.node import NodeLoop, Setup
 from elasticd.daemon.observer import JobMetrics, MetricsService, Tracker
@@ -376,6 +376,21 @@ def test_service_discovery_names_every_node_of_the_view() -> None:
     assert groups[0]["labels"]["__scheme__"] == "https"
     assert groups[0]["labels"]["__meta_elasticd_job_id"] == "j"
     assert all(isinstance(value, str) for group in groups for value in group["labels"].values())
+
+
+@pytest.mark.parametrize(
+    ("listens_on", "target"),
+    [
+        ("", "10.0.0.1:9"),
+        ("0.0.0.0", "10.0.0.1:9"),
+        ("::", "10.0.0.1:9"),
+        ("192.0.2.7", "192.0.2.7:9"),
+        ("2001:db8::7", "[2001:db8::7]:9"),
+    ],
+)
+def test_scrapers_are_sent_to_where_the_metrics_are(listens_on: str, target: str) -> None:
+    config = DaemonConfig(node_id="m", address="10.0.0.1", metrics=MetricsConfig(address=listens_on, port=9))
+    assert describe_node(config, Capacity(cpu_count=1, memory_bytes=1)).metrics_target == target
 
 
 # --- a real loop behind the real endpoint ---

@@ -93,7 +93,7 @@ def _node(view: View, node: Node) -> dict[str, Any]:
         "memory_bytes": node.capacity.memory_bytes,
         "gpus": [gpu.name for gpu in node.capacity.gpus],
         "topology": to_plain(node.topology),
-        "metrics": f"{node.address}:{node.metrics_port}",
+        "metrics": node.metrics_target,
         "elasticd": node.elasticd_version,
         "torch": node.torch_version,
         "python": node.python_version,

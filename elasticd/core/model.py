@@ -50,7 +50,10 @@ class Topology:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """``nodes/<id>``: a live daemon. The boot id tells two lives of the same node id apart."""
+    """``nodes/<id>``: a live daemon. The boot id tells two lives of the same node id apart.
+
+    ``metrics_address``: where scrapers reach it, if not at ``address``.
+    """
 
     node_id: NodeId
     boot_id: BootId
@@ -64,6 +67,13 @@ class Node:
     torch_version: str = ""
     python_version: str = ""
     protocol: int = PROTOCOL_VERSION
+    metrics_address: str = ""
+
+    @property
+    def metrics_target(self) -> str:
+        """host:port, as scrapers want it."""
+        host = self.metrics_address or self.address
+        return f"[{host}]:{self.metrics_port}" if ":" in host else f"{host}:{self.metrics_port}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

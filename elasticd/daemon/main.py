@@ -21,7 +21,7 @@ from elasticd import __version__
 from elasticd.cluster.etcd import EtcdStore, EtcdTls
 from elasticd.cluster.jobs import prepare_job
 from elasticd.cluster.peers import LinkSettings
-from elasticd.config import DaemonConfig, EtcdConfig, LaunchOptions
+from elasticd.config import DaemonConfig, EtcdConfig, LaunchOptions, is_unspecified
 from elasticd.core import messages
 from elasticd.core.machine import Settings
 from elasticd.core.model import BootId, Capacity, JobSpec, Node, NodeId, Phase
@@ -83,6 +83,7 @@ def describe_node(config: DaemonConfig, capacity: Capacity) -> Node:
         elasticd_version=__version__,
         torch_version=_torch_version(),
         python_version=platform.python_version(),
+        metrics_address="" if is_unspecified(config.metrics.address) else config.metrics.address,
     )
 
 

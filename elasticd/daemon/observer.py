@@ -297,4 +297,4 @@ def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Response:
 
 def _paths(config: DaemonConfig) -> tuple[str, ...]:
     """Whose file systems matter to the daemon."""
-    return tuple(dict.fromkeys(("/", config.log_dir, config.run_dir)))
+    return tuple(dict.fromkeys(path for path in ("/", config.log_dir) if path))

@@ -91,9 +91,8 @@ def target_groups(view: View, scheme: str) -> list[dict[str, Any]]:
 
 def _target_group(node: Node, job_id: JobId | None, scheme: str) -> dict[str, Any]:
     """Prometheus drops labels that are empty, and those that begin with __ after relabelling."""
-    host = f"[{node.address}]" if ":" in node.address else node.address
     return {
-        "targets": [f"{host}:{node.metrics_port}"],
+        "targets": [node.metrics_target],
         "labels": {
             "node": node.node_id,
             "zone": node.topology.zone,
