@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from elasticd.demo.scene import Point
 
+_SPAN = 2.0
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
@@ -24,7 +25,10 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """``rows`` from the top down, each as long as ``columns``; ``top`` and ``bottom`` are the losses of its edges."""
+    """``rows`` from the top down, each as long as ``columns``; ``top`` and ``bottom`` are the losses of its edges.
+
+    What is above the top is cut off there: the first losses of a training would leave the rest no room.
+    """
 
     columns: tuple[Column, ...]
     rows: tuple[str, ...]
@@ -43,9 +47,9 @@ def draw(curve: Sequence[Point], *, steps: int, width: int, height: int) -> Char
     """The curve over ``steps`` steps in ``width`` columns; what is still to come stays blank."""
     columns = _columns(curve, steps, width)
     known = [column.loss for column in columns if column.loss is not None]
-    top = max(known, default=1.0)
     # Half a unit is a scale that seldom changes while the loss falls.
     bottom = math.floor(2 * min(known, default=0.0) - 0.2) / 2
+    top = min(bottom + _SPAN, max(known, default=1.0))
     levels = [_level(column.loss, bottom, top, 8 * height) for column in columns]
     rows = ["".join(_EIGHTHS[min(8, max(0, level - 8 * row))] for level in levels) for row in reversed(range(height))]
     return Chart(columns=tuple(columns), rows=tuple(rows), top=top, bottom=bottom)
@@ -71,4 +75,4 @@ def _level(loss: float | None, bottom: float, top: float, levels: int) -> int:
     """At least one eighth where there is a value."""
     if loss is None or top <= bottom:
         return 0
-    return max(1, round((loss - bottom) / (top - bottom) * levels))
+    return max(1, round((min(loss, top) - bottom) / (top - bottom) * levels))

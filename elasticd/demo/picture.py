@@ -12,7 +12,7 @@ from elasticd.demo.record import Join, Kill, Line, Record, joins_of, kept_losses
 _WIDTH, _HEIGHT = 960, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 76, 64
 _BAND = 16  # the height of the band that shows the size of the world
-_SMOOTHING = 0.12
+_SMOOTHING = 6  # the mean over so many steps before and after
 
 _STYLE = """
   text { font: 12px system-ui, sans-serif; fill: #57606a }
@@ -105,16 +105,20 @@ def _band(scale: _Scale, kept: Sequence[Line]) -> list[str]:
 
 
 def _curve(scale: _Scale, kept: Sequence[Line]) -> list[str]:
-    smooth, value = [], kept[0].loss
-    for line in kept:
-        value += _SMOOTHING * (line.loss - value)
-        smooth.append((line.step, value))
     raw = [(line.step, line.loss) for line in kept]
-    return [f"<polyline class='raw' points='{_points(scale, raw)}'/>", _path(scale, smooth)]
+    return [
+        f"<polyline class='raw' points='{_points(scale, raw)}'/>",
+        f"<polyline class='loss' points='{_points(scale, _smoothed(raw))}'/>",
+    ]
 
 
-def _path(scale: _Scale, points: Sequence[tuple[int, float]]) -> str:
-    return f"<polyline class='loss' points='{_points(scale, points)}'/>"
+def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    smooth = []
+    for at, (step, _) in enumerate(points):
+        reach = min(_SMOOTHING, at, len(points) - 1 - at)
+        near = [loss for _, loss in points[at - reach : at + reach + 1]]
+        smooth.append((step, sum(near) / len(near)))
+    return smooth
 
 
 def _points(scale: _Scale, points: Sequence[tuple[int, float]]) -> str:
@@ -125,11 +129,14 @@ def _again(scale: _Scale, record: Record) -> list[str]:
     """What was computed before a kill and is not kept: it lies on the curve, since the steps were done again."""
     kept = kept_losses(record.lines)
     lost = {(line.step, line.round_number): line for line in record.lines}
-    return [
+    dots = [
         f"<circle class='again' cx='{scale.x(line.step)}' cy='{scale.y(line.loss)}' r='2'/>"
         for line in lost.values()
         if line.round_number != kept[line.step].round_number
     ]
+    note = "computed before a kill, and again after it"
+    key = f"<circle class='again' cx='{_WIDTH - _RIGHT - 244}' cy='40' r='3'/>"
+    return [*dots, key, f"<text x='{_WIDTH - _RIGHT}' y='44' text-anchor='end'>{note}</text>"] if dots else []
 
 
 def _changes(record: Record) -> list[Kill | Join]:
@@ -143,7 +150,7 @@ def _marker(scale: _Scale, change: Kill | Join, place: int) -> list[str]:
         step = change.first_step
     x, top = scale.x(step), _TOP - 26 + 34 * (place % 2 == 1)
     return [
-        f"<line class='{kind}' x1='{x}' y1='{top}' x2='{x}' y2='{_HEIGHT - _BOTTOM + 14 + _BAND}'/>",
+        f"<line class='{kind}' x1='{x}' y1='{top}' x2='{x}' y2='{_HEIGHT - _BOTTOM + 14}'/>",
         f"<text class='{kind}-text' x='{x + 6}' y='{top + 10}'>{escape(what)}</text>",
         f"<text x='{x + 6}' y='{top + 24}'>{escape(cost)}</text>",
     ]

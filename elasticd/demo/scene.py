@@ -93,22 +93,21 @@ class Scene:
 
 def look(record: Record, plan: Plan, addresses: Mapping[str, str], *, start: float, now: float) -> Scene:
     """``addresses``: of all nodes that were ever made, in order; ``start``: when the demo began."""
-    rounds = record.rounds()
-    number, newest = max(rounds.items(), default=(0, {"seats": (), "cause": "", "store_address": ""}))
+    worlds = {number: told for number, told in record.rounds().items() if told["seats"]}
+    number, newest = max(worlds.items(), default=(0, {"seats": (), "cause": "", "store_address": ""}))
     kept = kept_losses(record.lines)
-    last = record.lines[-1] if record.lines else None
-    in_round = [line for line in record.lines if last and line.round_number == last.round_number]
+    in_round = {line.step for line in record.lines if line.round_number == number}
     return Scene(
         elapsed_s=now - start,
         steps=plan.steps,
         nodes=tuple(_node(record, name, address, newest) for name, address in addresses.items()),
         round_number=number,
         cause=str(newest["cause"]),
-        world=last.world if last else 0,
-        step=last.step if last else 0,
-        steps_in_round=len({line.step for line in in_round}),
+        world=sum(int(seat["nproc"]) for seat in newest["seats"]),
+        step=record.lines[-1].step if record.lines else 0,
+        steps_in_round=len(in_round),
         checkpoint=max((int(event.details["step"]) for event in _commits(record.history)), default=0),
-        steps_per_s=_rate(record.lines, now),
+        steps_per_s=_mean_rate(record.lines) if record.over else _rate(record.lines, now),
         restarts=record.restarts(),
         curve=tuple(Point(step=line.step, loss=line.loss, world=line.world) for _, line in sorted(kept.items())),
         marks=tuple(record.marks),
@@ -156,6 +155,10 @@ def _rate(lines: Sequence[Line], now: float) -> float:
     """Steps a second, of late; less while nothing is completed."""
     recent = {(line.round_number, line.step) for line in lines[-600:] if line.t > now - _RATE_WINDOW_S}
     return len(recent) / min(_RATE_WINDOW_S, max(0.5, now - lines[0].t)) if lines else 0.0
+
+
+def _mean_rate(lines: Sequence[Line]) -> float:
+    return max(line.step for line in lines) / (lines[-1].t - lines[0].t) if len(lines) > 1 else 0.0
 
 
 # --- what just happened ---------------------------------------------------------------------------------------------

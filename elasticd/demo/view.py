@@ -21,7 +21,7 @@ from elasticd.demo.plan import Act
 from elasticd.demo.record import Join, Kill, Mark
 from elasticd.demo.scene import Happening, NodeRow, NodeState, Scene
 
-_NODES_WIDTH = 43
+_NODES_WIDTH = 39
 _FRAME_ROWS = 14  # all of a frame but the chart's rows and what happened
 _LEAST_ROWS = 24
 
@@ -35,7 +35,7 @@ _STATES = {
     NodeState.DEAD: ("✖", "red"),
 }
 _KINDS = {"kill": "bold red", "join": "bold cyan", "good": "green", "over": "bold", "failed": "bold red"}
-_WORLDS = ("grey50", "yellow", "blue", "green", "cyan")
+_WORLDS = ("grey50", "red", "yellow", "green", "cyan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +93,12 @@ def _nodes_panel(nodes: Sequence[NodeRow]) -> Panel:
 
 
 def _job_panel(scene: Scene, width: int) -> Panel:
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(style="dim", no_wrap=True, min_width=8)
     grid.add_column(no_wrap=True, overflow="ellipsis")
     world = f"{scene.world} ranks, round {scene.round_number} ({scene.cause.replace('_', ' ')})" if scene.world else "-"
     grid.add_row("world", Text(world, style=_world_style(scene.world) if scene.world else ""))
-    grid.add_row("step", _progress(scene, min(40, width - 32)))
+    grid.add_row("step", _progress(scene, min(40, width - 24)))
     grid.add_row("loss", "-" if scene.loss is None else Text(f"{scene.loss:.3f}", style="bold"))
     grid.add_row("speed", f"{scene.steps_per_s:.1f} steps/s, {scene.bytes_per_s / 1000:.1f} kB/s")
     grid.add_row("saved", f"step {scene.checkpoint}" if scene.checkpoint else "-")
@@ -124,11 +124,14 @@ def _curve_panel(scene: Scene, width: int, height: int) -> Panel:
     chart = draw(scene.curve, steps=scene.steps or 1, width=width - 11, height=height)
     lines = [_curve_row(chart, row, _label(chart, row, height)) for row in range(height)]
     lines.append(_marks_row(chart, scene.marks, scene.steps))
-    legend = Text("loss, by size of world: ", style="dim")
-    for world in sorted({point.world for point in scene.curve}):
-        legend.append(f"█ {world} ", style=_world_style(world))
-    legend.append("  ✖ a node is killed  ", style="red").append("▲ a node joins", style="cyan")
-    return _panel(Group(*lines, legend), "loss")
+    return _panel(Group(*lines, _legend(scene)), "loss")
+
+
+def _legend(scene: Scene) -> Text:
+    legend = Text("       ", no_wrap=True, overflow="crop")
+    for world in sorted({point.world for point in scene.curve}, reverse=True):
+        legend.append("█", style=_world_style(world)).append(f" {world} nodes   ")
+    return legend.append("✖", style="bold red").append(" killed   ").append("▲", style="bold cyan").append(" started")
 
 
 def _label(chart: Chart, row: int, height: int) -> str:
@@ -148,7 +151,9 @@ def _marks_row(chart: Chart, marks: Sequence[Mark], steps: int) -> Text:
     cells: list[tuple[str, str]] = [("─", "dim")] * len(chart.columns)
     for mark in marks:
         sign = ("✖", "bold not dim red") if mark.act is Act.KILL else ("▲", "bold not dim cyan")
-        cells[chart.column_of(mark.step, steps)] = sign
+        at = chart.column_of(mark.step, steps)
+        taken = cells[at][0] != "─" and at + 1 < len(cells)
+        cells[at + taken] = sign
     return Text.assemble(("   0 └─", "dim"), *cells, (f" {steps}", "dim"), no_wrap=True)
 
 
@@ -176,8 +181,8 @@ def summary_of(summary: Summary) -> Group:
 def _costs(summary: Summary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", border_style="bright_black")
     table.add_column("what happened", no_wrap=True)
-    for name in ("at step", "noticed or ready", "next step", "steps redone"):
-        table.add_column(name, justify="right", min_width=5)
+    for name in ("at step", "noticed in", "ready in", "no step for", "steps redone"):
+        table.add_column(name, justify="right", no_wrap=True)
     changes: list[Kill | Join] = sorted([*summary.kills, *summary.joins], key=lambda change: change.mark.t)
     for change in changes:
         table.add_row(*_cost(change))
@@ -187,16 +192,23 @@ def _costs(summary: Summary) -> Table:
 def _cost(change: Kill | Join) -> tuple[RenderableType, ...]:
     mark = change.mark
     if isinstance(change, Join):
-        what = Text(f"▲ {mark.node} joined", style="cyan")
-        return what, _or_never(change.first_step, "{}"), _or_never(change.ready_s, "{:.1f} s"), _stall(change), "0"
-    what = Text(f"✖ {mark.node} killed{' (store)' if mark.hosts_store else ''}", style="red")
+        return (
+            Text(f"▲ {mark.node} joined", style="cyan"),
+            _or_never(change.first_step, "{}"),
+            "",
+            _or_never(change.ready_s, "{:.1f} s"),
+            _or_never(change.stall_s, "{:.2f} s"),
+            "0",
+        )
     noticed_ms = None if change.detected_s is None else 1000 * change.detected_s
-    after = _or_never(change.next_step_s, "{:.2f} s later")
-    return what, str(mark.step), _or_never(noticed_ms, "{:.0f} ms"), after, _or_never(change.steps_redone, "{}")
-
-
-def _stall(join: Join) -> str:
-    return _or_never(join.stall_s, "{:.2f} s stall")
+    return (
+        Text(f"✖ {mark.node} killed{', the store with it' if mark.hosts_store else ''}", style="red"),
+        str(mark.step),
+        _or_never(noticed_ms, "{:.0f} ms"),
+        "",
+        _or_never(change.next_step_s, "{:.2f} s"),
+        _or_never(change.steps_redone, "{}"),
+    )
 
 
 def _or_never(value: float | None, form: str) -> str:
