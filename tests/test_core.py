@@ -28,6 +28,7 @@ from elasticd.core.model import (
 )
 from elasticd.core.records import from_json, to_json
 from elasticd.core.rendezvous import (
+    SETTLE_JOIN_S,
     NoFreshStore,
     NothingToChange,
     Over,
@@ -112,6 +113,15 @@ def test_decide_round(case: Situation, expected: object) -> None:
     wanted = decision.round
     assert (wanted.phase.value, wanted.cause.value, "".join(s.node_id for s in wanted.seats)) == expected
     assert wanted.number == (case.round.number + 1 if case.round else 1)
+
+
+def test_nobody_is_waited_for_once_a_job_has_all_the_nodes_it_may_have() -> None:
+    joins = [situation(None, A, B), situation(world(A), A, B)]
+    for maximum, settle_s in ((3, SETTLE_JOIN_S), (2, 0.0)):
+        for case in joins:
+            decision = decide_round(dataclasses.replace(case, spec=spec(1, maximum)))
+            assert isinstance(decision, Proposal)
+            assert decision.settle_s == settle_s
 
 
 def failed(name: str, about: int = 3) -> Member:

@@ -152,11 +152,6 @@ def _change(situation: Situation, current: Round) -> Proposal | Wait:
     return _planned(situation, current, seats, stay)
 
 
-def _settle_join_s(situation: Situation, coming: Sequence[NodeId]) -> float:
-    """Nobody is waited for once there are as many as the job may have."""
-    return SETTLE_JOIN_S if len(coming) < situation.spec.max_nodes else 0.0
-
-
 def _planned(situation: Situation, current: Round, seats: frozenset[NodeId], stay: Sequence[NodeId]) -> Proposal | Wait:
     leaving = frozenset(n for n in seats if n not in stay)
     if leaving:
@@ -167,6 +162,11 @@ def _planned(situation: Situation, current: Round, seats: frozenset[NodeId], sta
     if situation.parked:
         return _world(situation, stay, Cause.JOIN, planned=True)
     return Wait(NothingToChange())
+
+
+def _settle_join_s(situation: Situation, coming: Sequence[NodeId]) -> float:
+    """Nobody is waited for once there are as many as the job may have."""
+    return SETTLE_JOIN_S if len(coming) < situation.spec.max_nodes else 0.0
 
 
 def _after_failure(situation: Situation, current: Round, stay: Sequence[NodeId], failure: Failure) -> Proposal | Wait:
