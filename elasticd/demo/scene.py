@@ -15,6 +15,7 @@ from elasticd.demo.record import Line, Mark, Record, joins_of, kept_losses, kill
 from elasticd.testing.history import Event, events_of
 
 _RATE_WINDOW_S = 3.0
+_NO_WORLD: Mapping[str, Any] = {"seats": (), "cause": "", "store_address": ""}
 
 
 class NodeState(StrEnum):
@@ -94,7 +95,7 @@ class Scene:
 def look(record: Record, plan: Plan, addresses: Mapping[str, str], *, start: float, now: float) -> Scene:
     """``addresses``: of all nodes that were ever made, in order; ``start``: when the demo began."""
     worlds = {number: told for number, told in record.rounds().items() if told["seats"]}
-    number, newest = max(worlds.items(), default=(0, {"seats": (), "cause": "", "store_address": ""}))
+    number, newest = max(worlds.items(), default=(0, _NO_WORLD))
     kept = kept_losses(record.lines)
     in_round = {line.step for line in record.lines if line.round_number == number}
     return Scene(
