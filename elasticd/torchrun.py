@@ -13,10 +13,11 @@ import atexit
 import contextlib
 import logging
 import os
+import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
@@ -33,7 +34,7 @@ from elasticd.core.messages import Report, ShutdownRequested
 from elasticd.core.model import Capacity, JobId, JobSpec, NodeId
 from elasticd.daemon.main import describe_node, make_setup, make_store
 from elasticd.daemon.node import NodeLoop
-from elasticd.errors import OperatorError, StoreUnavailable
+from elasticd.errors import ConfigError, OperatorError, StoreUnavailable
 from elasticd.supervisor.handler import DaemonRendezvousHandler
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class _LoopThread:
         if self._loop is not None and self._thread.is_alive():
             self._loop.post_threadsafe(ShutdownRequested(at_once=True))
             self._thread.join(5.0)
+        shutil.rmtree(self._config.run_dir, ignore_errors=True)
 
     def _main(self) -> None:
         try:
@@ -113,13 +115,16 @@ def creator() -> Callable[[RendezvousParameters], RendezvousHandler]:
 
 def create_handler(params: RendezvousParameters) -> RendezvousHandler:
     """A handler for torchrun's agent. Every error of ours becomes one of torch's rendezvous errors."""
+    run_dir = tempfile.mkdtemp(prefix="elasticd-")
     try:
-        config, spec = _config(params), _spec(params)
+        config, spec = _config(params, run_dir), _spec(params)
         with contextlib.closing(make_store(config)) as store:
             prepare_job(store, spec)
     except StoreUnavailable as error:
+        shutil.rmtree(run_dir)
         raise RendezvousConnectionError(f"etcd at {params.endpoint} cannot be reached: {error}") from error
     except OperatorError as error:
+        shutil.rmtree(run_dir)
         raise RendezvousStateError(str(error)) from error
     thread = _LoopThread(config, spec)
     thread.start()
@@ -136,26 +141,27 @@ def create_handler(params: RendezvousParameters) -> RendezvousHandler:
     return handler
 
 
-def _config(params: RendezvousParameters) -> DaemonConfig:
-    endpoints = tuple(params.endpoint.split(","))
+def _config(params: RendezvousParameters, run_dir: str) -> DaemonConfig:
+    endpoints = tuple(filter(None, params.endpoint.split(",")))
+    if not endpoints:
+        raise ConfigError("--rdzv-endpoint is empty; name etcd's, as HOST:2379 (several: comma-separated)")
     links = LinksConfig(
         ca=str(params.get("links_ca", "")),
         cert=str(params.get("links_cert", "")),
         key=str(params.get("links_key", "")),
-        insecure=True,  # as torchrun's own; --rdzv-conf links_ca=...,links_cert=...,links_key=... encrypts
-    )
-    return config_for_run(
-        endpoints, run_dir=tempfile.mkdtemp(prefix="elasticd-"), address=params.local_addr or "", links=links
-    )
+    )  # without them plain text, as torchrun's own
+    return config_for_run(endpoints, run_dir=run_dir, address=params.local_addr or "", links=links)
 
 
 def _spec(params: RendezvousParameters) -> JobSpec:
-    spec = JobSpec(
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", params.run_id):
+        raise ConfigError(f"--rdzv-id {params.run_id!r}: letters, digits, '.', '_' and '-' only, 63 at most")
+    return JobSpec(
         job_id=JobId(params.run_id),
         min_nodes=params.min_nodes,
         max_nodes=params.max_nodes,
         command=("torchrun",),
         max_restarts=NO_LIMIT,
+        spares=0,
         by_run=True,
     )
-    return replace(spec, spares=0)

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 MESSAGE_LIMIT = 4096
 TRACEBACK_LIMIT = 32768
+#: torchrun's launcher puts its flag into the environment; a script that starts processes of its own may go by it.
+SIGNALS_TO_HANDLE = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +204,7 @@ class NodeAgent(LocalElasticAgent):
         return pids
 
     def _environment(self, group: WorkerGroup, worker: Worker) -> dict[str, str]:
-        """torchrun's list (LocalElasticAgent._start_workers), and ours. The restart count is the job's."""
+        """torchrun's list (LocalElasticAgent._start_workers, launch_agent), and ours. The restart count is the job's."""
         current, spec = self._handler.round, group.spec
         assert current is not None
         env = {
@@ -220,6 +222,7 @@ class NodeAgent(LocalElasticAgent):
             "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
             "TORCHELASTIC_RUN_ID": self._config.job_id,
             "TORCHELASTIC_USE_AGENT_STORE": str(True),
+            "TORCHELASTIC_SIGNALS_TO_HANDLE": os.getenv("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS_TO_HANDLE),
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.getenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
             "ELASTICD_SOCKET": self._config.daemon_socket,
             "ELASTICD_JOB_ID": self._config.job_id,

@@ -9,12 +9,15 @@ Not here: who is in a round (core/rendezvous.py).
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import time
 from datetime import timedelta
 from typing import Any
 
 from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -32,6 +35,7 @@ from elasticd.errors import ChannelClosed
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 3.0
+END_TIMEOUT_S = 5.0
 STORE_TIMEOUT = timedelta(minutes=5)
 
 
@@ -84,12 +88,12 @@ class DaemonRendezvousHandler(RendezvousHandler):
                 )
 
     def num_nodes_waiting(self) -> int:
-        """1 when a newer round stands, else 0: torchrun's agent then stops its workers and comes back."""
+        """1 when these workers must stop, else 0: torchrun's agent stops them, and comes back for a newer round."""
         try:
             self.drain()
         except ChannelClosed:
             return 0  # the daemon is gone or being restarted: what runs goes on
-        return int(self._newer is not None or self._closed)
+        return int(self._newer is not None or self._closed or self.must_stop)
 
     def is_closed(self) -> bool:
         return self._closed
@@ -101,9 +105,24 @@ class DaemonRendezvousHandler(RendezvousHandler):
         return self._job_id
 
     def shutdown(self) -> bool:
+        """torchrun is done with the job, for all nodes: well, or with the error that is on its way through."""
+        error = sys.exc_info()[1]
+        if self._asks and not self._closed:
+            with contextlib.suppress(ChannelClosed):
+                self._say_how_it_ended(error)
         self._closed = True
         self.channel.close()
         return True
+
+    def _say_how_it_ended(self, error: BaseException | None) -> None:
+        """Until the daemon answers that the job is over; a round that was written meanwhile is told, too."""
+        deadline, told = time.monotonic() + END_TIMEOUT_S, 0
+        while not self._closed and (left_s := deadline - time.monotonic()) > 0:
+            newest = self._newer or self.round
+            if newest is not None and newest.number > told:
+                told = newest.number
+                self.channel.send(_last_words(told, error))
+            self.drain(left_s)
 
     # --- for our own agent ---
 
@@ -157,12 +176,12 @@ class DaemonRendezvousHandler(RendezvousHandler):
         try:
             while self._newer is None:
                 if self._closed:
-                    raise RendezvousGracefulExitError("the job is over")
+                    # torchrun takes an orderly exit for a result, and stumbles over it: for it, it is an error.
+                    kind = RendezvousClosedError if self._asks else RendezvousGracefulExitError
+                    raise kind(f"job {self._job_id} is over: another node ended it")
                 self.drain(timeout_s=3600.0)
         except ChannelClosed as error:
             raise RendezvousConnectionError("the daemon is gone") from error
-        if self._closed:
-            raise RendezvousClosedError("the job is over")
 
     def _enter(self, current: Round) -> RendezvousInfo:
         seat = self.seat()
@@ -200,6 +219,22 @@ class DaemonRendezvousHandler(RendezvousHandler):
             timeout=STORE_TIMEOUT,
         )
         self.channel.send({"type": "ready", "store_port": self._next_store.port, "nproc": self._nproc})
+
+
+def _last_words(number: int, error: BaseException | None) -> Message:
+    """What torchrun's agent says of its workers; an error is final, since torchrun has its own restarts behind it."""
+    if error is None:
+        return {"type": "workers_succeeded", "round": number}
+    failures = error.failures.values() if isinstance(error, ChildFailedError) else ()
+    first = min(failures, key=lambda failure: failure.timestamp, default=None)
+    failure = {
+        "rank": first.local_rank if first else 0,  # torchrun counts failures by global rank, and calls it so
+        "local_rank": first.local_rank if first else 0,
+        "exit_code": first.exitcode if first else 1,
+        "message": str(first.message if first else error)[:4096],
+        "final": True,
+    }
+    return {"type": "workers_failed", "round": number, "failure": failure}
 
 
 def _connect(address: str, port: int) -> TCPStore:

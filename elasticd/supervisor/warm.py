@@ -34,6 +34,7 @@ from elasticd.supervisor.script import CANNOT_RUN, refuse, run
 ALWAYS = (
     "torch.distributed",
     "torch.nn.parallel",
+    "torch._dynamo",  # DDP imports it when it is constructed: 0.4 s, twice that while others need the CPU
     "torch.distributed.elastic.agent.server.local_elastic_agent",
     "torch.distributed.elastic.multiprocessing.errors",
     "torch.distributed.checkpoint",
@@ -141,8 +142,12 @@ class _Server:
         started = time.monotonic()
         if not self.threads:
             self.threads = _import_torch()
+        before = set(os.environ)
+        failed = [name for name in ALWAYS if not _import(name)]
+        # torch._dynamo, for one, names a folder after the user: a script that needs it will name its own.
+        self.import_env += tuple(os.environ.keys() - before)
         names, folder = _learn(message)
-        failed = [name for name in (*ALWAYS, *names) if not _import(name)]
+        failed += [name for name in names if not _import(name)]
         self.why_not_warm = _why_not_warm(folder)
         gc.collect()
         gc.freeze()  # forked children then do not copy pages only to look for garbage in them
