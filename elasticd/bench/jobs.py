@@ -247,7 +247,7 @@ def wait_line(job: Job, wanted: Callable[[Sequence[Trained]], Trained | None], t
         time.sleep(POLL_S)
 
 
-def wait_whole(job: Job, nodes: int, timeout_s: float = 120.0) -> bool:
+def wait_whole(job: Job, nodes: int, timeout_s: float = 60.0) -> bool:
     """Whether a step of all nodes' workers came after now, in time."""
     since = time.monotonic()
     return wait_line(job, lambda lines: first_step(lines, since, world=nodes), timeout_s) is not None

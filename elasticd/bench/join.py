@@ -15,7 +15,7 @@ from itertools import pairwise
 from elasticd.bench.figures import Figure, Goal, Sample
 from elasticd.bench.jobs import BEST, DEFAULTS, ElasticdJob, Job, JobShape, TorchrunJob, first_step, wait_line
 from elasticd.bench.options import Options
-from elasticd.bench.recovery import Say, become_whole
+from elasticd.bench.recovery import Say, become_whole, say_sample
 from elasticd.testing.history import Trained
 
 BEFORE, AFTER = 2, 3
@@ -52,7 +52,7 @@ def _measure(make_job: Callable[[], Job], times: int, say: Say) -> tuple[Sample,
             while len(samples) < times:
                 sample = _once(job)
                 samples.append(sample)
-                say(f"{job.system}: {sample if isinstance(sample, str) else f'{sample:.3f} s'}")
+                say_sample(job, sample, say)
                 if isinstance(sample, str):
                     break
                 job.kill_node(AFTER - 1)

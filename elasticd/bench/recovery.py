@@ -45,7 +45,7 @@ def measure_recovery(make_job: Callable[[], Job], drill: Drill, times: int, say:
             while len(samples) < times:
                 sample = _once(job, drill)
                 samples.append(sample)
-                say(f"{job.system}: {sample if isinstance(sample, str) else f'{sample:.3f} s'}")
+                say_sample(job, sample, say)
                 if isinstance(sample, str):
                     break
     return tuple(samples)
@@ -69,6 +69,10 @@ def become_whole(job: Job, nodes: int) -> None:
     if not wait_whole(job, nodes):
         raise ElasticdError(f"{job.system}: {nodes} nodes never stepped together\n{job.last_words()}")
     time.sleep(CALM_S)
+
+
+def say_sample(job: Job, sample: Sample, say: Say) -> None:
+    say(f"{job.system}: {sample if isinstance(sample, str) else f'{sample:.3f} s'}")
 
 
 def _gave_up(job: Job, victim: int) -> bool:

@@ -11,11 +11,12 @@ from typing import Any, TextIO
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from elasticd.bench.figures import Figure, all_hold
 from elasticd.bench.machine import MachineName
 
-PLAIN_WIDTH = 132
+PLAIN_WIDTH = 160
 
 
 def document(machine: MachineName, figures: Sequence[Figure], wall_s: float) -> dict[str, Any]:
@@ -32,8 +33,9 @@ def write_document(path: Path, written: dict[str, Any]) -> None:
     path.write_text(json.dumps(written, indent=1) + "\n")
 
 
-def print_report(machine: MachineName, figures: Sequence[Figure], stream: TextIO = sys.stdout) -> None:
-    """With colours and lines on a terminal, as plain text of a fixed width elsewhere."""
+def print_report(machine: MachineName, figures: Sequence[Figure], stream: TextIO | None = None) -> None:
+    """To stdout, or to ``stream``: with colours and lines on a terminal, as plain text of a fixed width elsewhere."""
+    stream = stream or sys.stdout
     terminal = stream.isatty()
     console = Console(file=stream, width=None if terminal else PLAIN_WIDTH, highlight=False)
     console.print(make_table(figures, plain=not terminal))
@@ -44,35 +46,33 @@ def print_report(machine: MachineName, figures: Sequence[Figure], stream: TextIO
 def make_table(figures: Sequence[Figure], *, plain: bool) -> Table:
     table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("measured", "system"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=True)
     for name in ("n", "p50", "max", "goal"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     before = ""
     for figure in figures:
         what = figure.what if figure.what != before else ""
         before = figure.what
-        cells = (what, figure.system, str(len(figure.samples)), *_numbers(figure), _goal(figure), _verdict(figure))
-        table.add_row(*cells)
+        numbers = [_quantity(number, figure.unit) for number in (figure.p50, figure.max)]
+        table.add_row(what, figure.system, str(len(figure.samples)), *numbers, _goal(figure), _verdict(figure))
     return table
 
 
-def _numbers(figure: Figure) -> tuple[str, str]:
-    """p50 and max; what happened instead, where that is all there is or in place of a largest value."""
-    words = "; ".join(figure.words)
-    if figure.p50 is None:
-        return words, ""
-    return quantity(figure.p50, figure.unit), words or quantity(figure.max or 0.0, figure.unit)
-
-
 def _goal(figure: Figure) -> str:
-    if figure.goal is None:
+    if figure.goal is None or not figure.unit:
         return ""
     return f"{figure.goal.of} {quantity(figure.goal.at_most, figure.unit)}"
 
 
-def _verdict(figure: Figure) -> str:
-    return {True: "[green]holds[/]", False: "[bold red]MISSED[/]", None: ""}[figure.holds]
+def _verdict(figure: Figure) -> Text:
+    """Whether the goal is reached, and what happened where there was nothing to measure."""
+    text = {True: Text("holds", "green"), False: Text("MISSED", "bold red"), None: Text()}[figure.holds]
+    return text.append(" " if text and figure.words else "").append("; ".join(figure.words), "default")
+
+
+def _quantity(value: float | None, unit: str) -> str:
+    return "" if value is None else quantity(value, unit)
 
 
 def quantity(value: float, unit: str) -> str:
@@ -82,7 +82,7 @@ def quantity(value: float, unit: str) -> str:
             return f"{value:.3f} s" if value < 10 else f"{value:.1f} s"
         case "ms":
             return f"{value:.1f} ms"
-        case "%":
+        case "%" | "% of a core":
             return f"{value:.2f} %"
         case _:
             return f"{value:.0f} {unit}"

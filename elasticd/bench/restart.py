@@ -15,7 +15,7 @@ from functools import partial
 from elasticd.bench.figures import Figure, Sample
 from elasticd.bench.jobs import BEST, ElasticdJob, Job, JobShape, TorchrunJob, wait_line
 from elasticd.bench.options import Options
-from elasticd.bench.recovery import Say, become_whole
+from elasticd.bench.recovery import Say, become_whole, say_sample
 from elasticd.testing.history import Trained
 
 WORKERS = 2
@@ -41,7 +41,7 @@ def _measure(make_job: Callable[[], Job], times: int, say: Say) -> tuple[Sample,
     with make_job() as job:
         while len(samples) < times:
             samples.append(_once(job))
-            say(f"{job.system}: {samples[-1]}")
+            say_sample(job, samples[-1], say)
     return tuple(samples)
 
 
