@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
 from elasticd.testing.claims import sweep
@@ -28,6 +29,14 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 10.0, what: str
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {timeout_s:g} s: {what or condition}"
         time.sleep(0.005)
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs: what is dead and not yet buried does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture(scope="session")

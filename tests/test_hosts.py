@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import eventually
+from conftest import alive, eventually
 
 from elasticd.testing import cgroups
 from elasticd.testing.claims import FOLDER, sweep
@@ -216,10 +214,3 @@ def test_hosts_are_namespaces_where_the_machine_allows(namespaces) -> None:
     with open_hosts(isolated=False) as hosts:
         assert not hosts.isolated
 
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, signal.SIG_DFL)
-    except ProcessLookupError:
-        return False
-    return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

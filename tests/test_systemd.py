@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import eventually, need
+from conftest import alive, eventually, need
 
 from elasticd.testing.etcd_cluster import EtcdCluster
 from elasticd.testing.history import Event, Tail, Trained, events_of, parse_event, parse_trained
@@ -213,9 +212,10 @@ def test_a_node_that_loses_power_takes_everything_with_it(machines: Nodes) -> No
     machines.boot(1)
     (node,) = machines.nodes
     node.run("systemctl", "enable", "--now", "elasticd")
+    machines.wait(lambda history: len(events_of(history, "registered")) == 1)
     pids = node.host.pids()
     node.power_off()
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not any(alive(pid) for pid in pids)
     node.host.heal()
     node.boot()  # the enabled unit starts by itself
     machines.wait(lambda history: len(events_of(history, "registered")) == 2)
