@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from simulation import Sim
 
-from elasticd.core import messages
-from elasticd.core.model import Cause, JobId, JobSpec, Phase
+from elasticd.core import keys, messages
+from elasticd.core.model import Cause, JobId, JobSpec, NodeId, Phase
 
 
 def spec(minimum: int = 1, maximum: int = 8, **more: object) -> JobSpec:
@@ -227,6 +229,27 @@ def test_a_node_that_reboots_faster_than_it_is_missed() -> None:
     sim.nodes["b"].alive = False  # no end-of-file reaches anybody
     sim.add("b")
     assert sim.run(10, lambda: len(sim.world()) == 3 and sim.round().number > 1)
+
+
+def test_a_daemon_of_another_protocol_does_not_join() -> None:
+    sim = cluster("ab")
+    stranger = sim.add("c")
+    stranger.machine.node = replace(stranger.machine.node, protocol=99)
+    assert sim.run(5, lambda: stranger.exit_status is not None)
+    assert stranger.exit_status == 2
+    assert sorted(sim.world()) == ["a", "b"]
+    assert keys.node(NodeId("c")) not in sim.store.kv
+
+
+def test_different_versions_of_torch_in_a_world_are_told() -> None:
+    sim = Sim(0, spec=spec())
+    for name, version in (("a", "2.11.0"), ("b", "2.13.0")):
+        sim.add(name)
+        node = sim.nodes[name]
+        node.machine.node = replace(node.machine.node, torch_version=version)
+    assert sim.run(5, lambda: len(sim.world()) == 2)
+    told = [details for _, event, details in sim.nodes["a"].reports if event == "torch_versions_differ"]
+    assert told[-1]["versions"] == "2.11.0 2.13.0"
 
 
 def test_idle_daemons_take_a_submitted_job() -> None:

@@ -23,6 +23,7 @@ from elasticd.core.scheduling import choose_job
 from elasticd.core.situation import Knowledge, assess, outsider_lost_all, peers_wanted, seniority, unreachable
 from elasticd.core.stages import Stage, Trigger, advance
 from elasticd.core.task import Task
+from elasticd.core.versions import explain, speaks_otherwise, torch_versions
 from elasticd.core.view import Job, Keyed, View
 
 #: A silence that began while the store was away too may be our own: wait this long for links to come back.
@@ -254,6 +255,9 @@ class Machine:
             task.enter(current.number)
             self._advance(Trigger.ADMITTED)
             yield Report(event="round_seen", details=(("job", task.spec.job_id), ("round", current)))
+            found = torch_versions(current, self.view)
+            if len(found) > 1:
+                yield self._report_round("torch_versions_differ", current.number, versions=" ".join(found))
             yield messages.StartRound(job_id=task.spec.job_id, round=current)
         elif self.stage in (Stage.RUNNING, Stage.BROKEN, Stage.FINISHED):
             task.enter(current.number)
@@ -279,6 +283,11 @@ class Machine:
 
     def _register(self) -> Iterator[Effect]:
         if self.store_up_since is None or not self.view.loaded or self._exited or self._mine() is not None:
+            return
+        other = speaks_otherwise(self.node, (held.value for held in self.view.nodes.values()))
+        if other is not None:
+            self._exited = True
+            yield messages.Exit(status=2, message=explain(self.node, other))
             return
         if self._may_write(Write.REGISTER):
             self._in_flight.add(Write.REGISTER)

@@ -144,8 +144,15 @@ class NodeLoop:
             case Report():
                 self._report(effect, now)
             case messages.Exit():
-                if not self.finished.done():
-                    self.finished.set_result(effect.status)
+                self._finish(effect)
+
+    def _finish(self, effect: messages.Exit) -> None:
+        if self.finished.done():
+            return
+        if effect.message:
+            self.finished.set_exception(OperatorError(effect.message))
+        else:
+            self.finished.set_result(effect.status)
 
     def _start_round(self, current: Round) -> None:
         self.local.tell_agent({"type": "round", "round": to_plain(current)})
@@ -162,7 +169,8 @@ class NodeLoop:
         self.history.write(report.event, **details)
         brief = {name: _brief(value) for name, value in details.items()}
         logger = world_log if report.event in _WORLD_EVENTS else log
-        logger.info("%s %s", report.event, " ".join(f"{name}={value}" for name, value in brief.items()))
+        level = logging.WARNING if report.event in _WARNINGS else logging.INFO
+        logger.log(level, "%s %s", report.event, " ".join(f"{name}={value}" for name, value in brief.items()))
         self._observer.reported(report, self.machine, now)
 
     def _observe_step(self, caller: Caller, message: Message) -> None:
@@ -211,6 +219,7 @@ class NodeLoop:
 
 
 _WORLD_EVENTS = ("round_seen", "fenced", "workers_failed")
+_WARNINGS = ("workers_failed", "torch_versions_differ", "lease_lost", "agent_lost")
 
 
 def _with_port(node: Node, peer_port: int) -> Node:
