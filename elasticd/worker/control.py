@@ -1,9 +1,12 @@
-"""How the ranks agree, once a step, on whether to stop at its end.
+"""How the ranks agree on whether to stop at the end of a step.
 
-An all-reduce (MAX) of three numbers is started when a step begins and awaited when it ends, so that it is hidden
-behind the step's work. All ranks see the same result for the same step: that is the whole agreement. The step's own
-number goes along, both ways round, so that a rank that repeated or left out a step is found out at once. A rank that
+An all-reduce (MAX) of a few numbers is started when a step begins and awaited when it ends, so that it is hidden behind
+the step's work. All ranks see the same result for the same step: that is the whole agreement. Which step it is and how
+many were begun goes along, both ways round, so that a rank that repeated or left out a step is found out. A rank that
 died makes it raise on the others within milliseconds; a silent one makes it wait, which is the daemon's to notice.
+
+It costs about a millisecond on a busy machine, so short steps do without: how long a step takes is agreed upon too, and
+with it the step of the next exchange.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ import torch.distributed as dist
 from elasticd.errors import StepsDiverged
 from elasticd.worker.world import make_side_group
 
+#: How often the ranks talk, about; a step that is longer than this has an exchange of its own.
+EXCHANGE_EVERY_S = 0.2
+MAX_STEPS_APART = 20
+
 
 class Control:
     """Collective to make. ``start`` and ``finish`` alternate, once a step, on every rank.
@@ -25,30 +32,50 @@ class Control:
 
     def __init__(self) -> None:
         self.group = make_side_group()
-        self._said = torch.zeros(3, dtype=torch.int64)
+        self._said = torch.zeros(6, dtype=torch.int64)
         self._work: dist.Work | None = None
+        self._begun = 0
+        self._next_exchange = 0
+        self._last_exchange: tuple[int, float] | None = None  # (step, when)
 
-    def start(self, step: int, *, stop_wanted: bool) -> None:
-        # A new tensor each time: the exchange of a step that was given up may still be under way.
-        self._said = torch.tensor([stop_wanted, step, -step], dtype=torch.int64)
-        if self.group is not None:
+    def start(self, step: int, *, stop_wanted: bool, due: bool) -> None:
+        """``due``: an exchange must be had, whatever the time. The same on all ranks, as ``step`` is."""
+        self._begun += 1
+        self._work = None
+        if self.group is None:
+            self._said[0] = stop_wanted
+        elif due or step >= self._next_exchange:
+            said = [stop_wanted, self._step_us(step), step, -step, self._begun, -self._begun]
+            # A new tensor each time: the exchange of a step that was given up may still be under way.
+            self._said = torch.tensor(said, dtype=torch.int64)
             self._work = dist.all_reduce(self._said, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
 
-    def finish(self) -> tuple[bool, float]:
+    def finish(self, step: int) -> tuple[bool, float]:
         """Whether any rank wanted to stop, and the seconds that this call was blocked for others.
 
-        StepsDiverged when the ranks are not in the same step.
+        StepsDiverged when the ranks have not begun the same steps.
         """
-        blocked_s = 0.0
-        if self._work is not None:
-            started = time.monotonic()
-            self._work.wait()
-            blocked_s = time.monotonic() - started
-            self._work = None
-        stop_wanted, last, first = self._said.tolist()
-        if last != -first:
+        if self.group is None:
+            return bool(self._said[0]), 0.0
+        if self._work is None:
+            return False, 0.0
+        started = time.monotonic()
+        self._work.wait()
+        blocked_s = time.monotonic() - started
+        self._work = None
+        stop_wanted, step_us, last, first, most, least = self._said.tolist()
+        if (last, most) != (-first, -least):
             raise StepsDiverged(
-                f"one rank is in step {-first} while another is in step {last}: a block that raised was tried again on "
-                "some ranks only"
+                f"ranks are in steps {-first} to {last}, and have begun {-least} to {most}: a block that raised was "
+                "tried again on some of them only"
             )
+        self._next_exchange = step + max(1, min(MAX_STEPS_APART, int(1e6 * EXCHANGE_EVERY_S) // max(1, step_us)))
+        self._last_exchange = (step, time.monotonic())
         return bool(stop_wanted), blocked_s
+
+    def _step_us(self, step: int) -> int:
+        """How long this rank's steps took since the last exchange; before the first one nothing is known."""
+        if self._last_exchange is None:
+            return int(1e6 * EXCHANGE_EVERY_S)
+        then, at = self._last_exchange
+        return int(1e6 * (time.monotonic() - at) / max(1, step - then))

@@ -107,7 +107,8 @@ class DaemonLink:
         with self._ready:
             if not self._closed.is_set():
                 self._reports.add(report)
-                self._ready.notify()
+                if self._reports.steps == 1:  # otherwise the writer waits for its time already: leave it asleep
+                    self._ready.notify()
 
     def post(self, message: Message) -> None:
         """Say something of this round. Returns at once."""

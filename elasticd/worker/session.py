@@ -97,6 +97,7 @@ class Session:
         self._waiting = GradientWait()
         self._restored = self._in_step = False
         self._completed = 0
+        self._until: int | None = None
         self._saved_step = -1
         self.cursor = Cursor()
         self.dataset_size = 0
@@ -177,6 +178,7 @@ class Session:
         process; SystemExit after a stop, when the daemon is gone.
         """
         self._check_ready()
+        self._until = until
         while until is None or self._completed < until:
             step = Step(self, self._completed)
             yield step
@@ -184,11 +186,10 @@ class Session:
                 raise RuntimeError("a step of session.steps() was not used: write 'with step:' in the loop")
             if not step.completed:
                 continue
-            is_last = until is not None and self._completed >= until
-            if step.stop_agreed and not is_last:
+            if step.stop_agreed and self._completed != until:
                 self._save_or_warn()
                 self._park()
-            elif is_last or (self._save_every_steps and self._completed % self._save_every_steps == 0):
+            elif self._saves_at(self._completed):
                 self._save_or_warn()
 
     def save(self) -> Saved | None:
@@ -227,13 +228,14 @@ class Session:
             raise Fenced(f"checkpoint refused: {self._link.refusal}")
         self._set_in_step(True)
         self._waiting.take()
-        self._control.start(self._completed, stop_wanted=self._link is not None and self._link.boundary_wanted)
+        wanted = self._link is not None and self._link.boundary_wanted
+        self._control.start(self._completed, stop_wanted=wanted, due=self._saves_at(self._completed + 1))
 
     def abandon(self) -> None:
         self._set_in_step(False)
 
     def complete(self, step: Step) -> None:
-        step.stop_agreed, blocked_s = self._control.finish()
+        step.stop_agreed, blocked_s = self._control.finish(step.index)
         self._set_in_step(False)
         seconds = time.monotonic() - step.started_at
         self._completed = step.index + 1
@@ -248,6 +250,10 @@ class Session:
                     metrics=step.metrics,
                 )
             )
+
+    def _saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due once so many steps are completed."""
+        return step == self._until or (self._save_every_steps > 0 and step % self._save_every_steps == 0)
 
     def _set_in_step(self, value: bool) -> None:  # noqa: FBT001
         self._in_step = value
