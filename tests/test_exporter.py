@@ -97,6 +97,17 @@ def test_idle_callers_do_not_keep_others_waiting(port: int) -> None:
         connection.close()
 
 
+def test_a_crowd_of_idle_callers_gives_way_to_one_that_asks() -> None:
+    limits = Limits(connections=4)
+    with exporter(limits=limits) as port:
+        crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+        started = time.monotonic()
+        assert ask(port, "/ok")[0] == 200
+        assert time.monotonic() - started < limits.request_timeout_s
+        for connection in crowd:
+            connection.close()
+
+
 def test_callers_that_trickle_are_cut_off_however_busy_they_look() -> None:
     limits = Limits(connections=2, request_timeout_s=0.5)
     with exporter(limits=limits) as port:

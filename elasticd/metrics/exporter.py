@@ -1,7 +1,8 @@
 """A small HTTP server for scrapers, in threads of its own: who is slow or hostile costs the daemon nothing.
 
-One thread a connection, of a bounded number; a request is small, and must arrive whole within a time; the answer must
-be taken within a time. One request a connection. Not here: what is answered (the routes it is given).
+One thread a connection, of a bounded number: when there are more, who has not said what he wants gives way. A request
+is small and must arrive whole within a time, and the answer must be taken within a time. One request a connection.
+Not here: what is answered (the routes it is given).
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class Exporter:
     def __init__(self, endpoint: Endpoint, routes: Mapping[str, Route], limits: Limits | None = None) -> None:
         self._endpoint, self._routes, self._limits = endpoint, routes, limits or Limits()
         self._context = endpoint.context()
+        self._receiving: dict[socket.socket, None] = {}  # in the order of their arrival
         self._slots = threading.BoundedSemaphore(self._limits.connections)
         self._listener: socket.socket | None = None
         self._closed = threading.Event()
@@ -121,34 +123,52 @@ class Exporter:
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
-            self._slots.acquire()
             try:
-                connection, _ = listener.accept()
-            except OSError:  # closed, out of file descriptors, or a caller that left again
-                self._slots.release()
+                stream = self._secured(listener.accept()[0])
+            except (OSError, ValueError):  # closed, out of file descriptors, or a caller that has left again
                 if self._closed.wait(RETRY_S):
                     return
                 continue
-            threading.Thread(target=self._serve, args=(connection,), name="scrape", daemon=True).start()
+            self._make_room()
+            self._receiving[stream] = None
+            threading.Thread(target=self._serve, args=(stream,), name="scrape", daemon=True).start()
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _make_room(self) -> None:
+        """Scrapers say at once what they want: who has been silent longest gives up its place."""
+        while not self._slots.acquire(blocking=False):
+            for oldest in list(self._receiving)[:1]:
+                with contextlib.suppress(OSError):  # gone by itself
+                    socket.socket.shutdown(oldest, socket.SHUT_RDWR)  # below TLS, whose state is another thread's
+            if self._slots.acquire(timeout=RETRY_S):
+                return
+
+    def _secured(self, connection: socket.socket) -> socket.socket:
+        if self._context is None:
+            return connection
+        return self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+
+    def _serve(self, stream: socket.socket) -> None:
         try:
-            deadline_s = time.monotonic() + self._limits.request_timeout_s
-            connection.settimeout(self._limits.request_timeout_s)
-            with contextlib.closing(self._secured(connection)) as stream:
-                request = _receive(stream, self._limits.request_bytes, deadline_s)
-                response = request if isinstance(request, Response) else self._answer(request)
-                head_only = isinstance(request, Request) and request.method == "HEAD"
-                stream.settimeout(self._limits.response_timeout_s)
-                stream.sendall(_render(response, head_only=head_only))
+            request = self._receive(stream)
+            response = request if isinstance(request, Response) else self._answer(request)
+            head_only = isinstance(request, Request) and request.method == "HEAD"
+            stream.settimeout(self._limits.response_timeout_s)
+            stream.sendall(_render(response, head_only=head_only))
         except OSError:  # left, too slow, or no TLS: nothing to be done for this caller
             pass
         finally:
-            connection.close()
+            stream.close()
             self._slots.release()
 
-    def _secured(self, connection: socket.socket) -> socket.socket:
-        return self._context.wrap_socket(connection, server_side=True) if self._context is not None else connection
+    def _receive(self, stream: socket.socket) -> Request | Response:
+        deadline_s = time.monotonic() + self._limits.request_timeout_s
+        try:
+            if isinstance(stream, ssl.SSLSocket):
+                stream.settimeout(self._limits.request_timeout_s)
+                stream.do_handshake()
+            return _receive(stream, self._limits.request_bytes, deadline_s)
+        finally:
+            del self._receiving[stream]
 
     def _answer(self, request: Request) -> Response:
         if request.method not in ("GET", "HEAD"):
