@@ -1,9 +1,10 @@
 /* A libnvidia-ml.so.1 whose GPUs are files: $FAKE_NVML_DIR/gpu0, gpu1, ... with lines of key=value, read at each call.
- * Keys: name, util, mem_used, temp, power_mw, ecc_corrected, ecc_uncorrected, and "lost". What has no line is not
- * supported. It checks what we make of the answers, not the driver. */
+ * Keys: name, util, mem_used, temp, power_mw, ecc_corrected, ecc_uncorrected; "lost", and "hang" (every call that asks
+ * never returns). What has no line is not supported. It checks what we make of the answers, not the driver. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { SUCCESS = 0, NOT_SUPPORTED = 3, NOT_FOUND = 6, GPU_IS_LOST = 15 };
 
@@ -35,6 +36,7 @@ static int find(void *handle, const char *key, char *value, size_t size) {
 
 static int number(void *handle, const char *key, unsigned long long *value) {
   char text[64];
+  while (find(handle, "hang", text, sizeof text)) sleep(3600);
   if (find(handle, "lost", text, sizeof text)) return GPU_IS_LOST;
   if (!find(handle, key, text, sizeof text)) return NOT_SUPPORTED;
   *value = strtoull(text, NULL, 10);

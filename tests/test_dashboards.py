@@ -94,14 +94,14 @@ def test_the_rules_do_what_their_tests_say() -> None:
     assert passed, said
 
 
-@pytest.mark.parametrize("alert", ALERTS)
-def test_every_alert_is_made_to_fire(alert: str, tmp_path: Path) -> None:
+def test_every_alert_is_made_to_fire(tmp_path: Path) -> None:
     """Under another name, its test misses it."""
-    (tmp_path / "rules.yml").write_text(re.sub(rf"alert: {alert}\b", "alert: Renamed", RULES))
-    (tmp_path / "rules_test.yml").write_text((FOLDER / "rules_test.yml").read_text())
+    renamed = re.sub(r"- alert: \w+", "- alert: Renamed", RULES)
+    (tmp_path / "rules.yml").write_text(renamed)
+    shutil.copy(FOLDER / "rules_test.yml", tmp_path)
     passed, said = promtool("test", "rules", "rules_test.yml", folder=tmp_path)
     assert not passed
-    assert alert in said
+    assert [alert for alert in ALERTS if alert not in said] == []
 
 
 def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:

@@ -598,6 +598,8 @@ def test_gpus_are_read_and_a_lost_one_stops_nothing(fake_gpus: FakeGpus) -> None
         assert first["up"]
         assert not second["up"]
         assert second["gpu"]["uuid"] == "GPU-fake-1"
+        fake_gpus.set(0, hang=1)
+        assert samples() == [first, second]  # the last answer has to do
     finally:
         reader.kill()
         reader.communicate()

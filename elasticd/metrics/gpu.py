@@ -43,13 +43,10 @@ class Gpus:
         self._samples: tuple[GpuSample, ...] = ()
         self._sampled_at = time.monotonic()
         self._closing = False
-        self._thread: threading.Thread | None = None
-        nvml = _open_nvml()
-        if nvml is not None:
-            self._wanted.set()
-            self._thread = threading.Thread(target=self._run, args=(nvml,), name="nvml", daemon=True)
-            self._thread.start()
-            self._fresh.wait(FIRST_TIMEOUT_S)
+        self._wanted.set()
+        self._thread = threading.Thread(target=self._run, name="nvml", daemon=True)
+        self._thread.start()
+        self._fresh.wait(FIRST_TIMEOUT_S)
 
     @property
     def found(self) -> tuple[Gpu, ...]:
@@ -57,7 +54,7 @@ class Gpus:
 
     def samples(self) -> tuple[GpuSample, ...]:
         """Blocks for half a second at most; then the last answer has to do."""
-        if self._thread is not None:
+        if self._thread.is_alive():
             self._fresh.clear()
             self._wanted.set()
             self._fresh.wait(FRESH_TIMEOUT_S)
@@ -75,14 +72,16 @@ class Gpus:
             yield from _families(samples)
             yield definitions.GPU_AGE.of(time.monotonic() - self._sampled_at)
 
-    def _run(self, nvml: Any) -> None:
+    def _run(self) -> None:
+        nvml = _open_nvml()
         known: dict[int, Gpu] = {}
-        while not self._closing:
+        while nvml is not None and not self._closing:
             self._wanted.wait()
             self._wanted.clear()
             self._samples = tuple(_sample(nvml, index, known) for index in range(_count(nvml, known)))
             self._sampled_at = time.monotonic()
             self._fresh.set()
+        self._fresh.set()  # nothing more will come: nobody need wait
 
 
 def _open_nvml() -> Any:
