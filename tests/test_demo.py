@@ -339,6 +339,7 @@ def test_what_happened_is_told_in_order_of_time() -> None:
 def test_a_frame_fits_its_terminal(width: int, now: float) -> None:
     for height in (24, 40):
         lines = drawn(scene_at(now), width, height)
+        assert sum("charged" in line and "free" in line for line in lines) == 1
         assert len(lines) < height
         assert max(map(len, lines)) <= width
         assert "…" not in "".join(lines[1:])  # nothing but the title may be cut
@@ -372,11 +373,13 @@ def test_without_a_terminal_it_is_plain_lines() -> None:
     assert "All 10 claims held" in text
 
 
-def test_a_broken_claim_is_shown_as_one() -> None:
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_broken_claim_is_shown_as_one(width: int) -> None:
     output = StringIO()
-    console = Console(file=output, width=100)
+    console = Console(file=output, width=width)
     console.print(summary_of(judge(with_lines(stalled), PLAN)))
     assert "1 of 10 claims did not hold" in output.getvalue()
+    assert "…" not in output.getvalue()
 
 
 def test_the_picture_is_well_formed_and_marks_each_change() -> None:

@@ -173,8 +173,9 @@ def _happenings(record: Record, start: float) -> list[Happening]:
         Happening(t=event.t, kind="failed", text=f"{event.node}: a worker failed: {event.details['message']}")
         for event in events_of(record.history, "workers_failed", job=JOB)
     ]
-    ends = events_of(record.history, "job_over", job=JOB)
-    found += [Happening(t=end.t, kind="over", text=f"the job {end.details['phase']}") for end in ends[:1]]
+    for end in events_of(record.history, "job_over", job=JOB)[:1]:
+        kind = "over" if record.over == "succeeded" else "failed"
+        found.append(Happening(t=end.t, kind=kind, text=f"the job {record.over}"))
     return [replace(one, t=one.t - start) for one in sorted(found, key=lambda one: one.t)]
 
 

@@ -102,7 +102,7 @@ def _job_panel(scene: Scene, width: int) -> Panel:
     grid.add_row("loss", "-" if scene.loss is None else Text(f"{scene.loss:.3f}", style="bold"))
     grid.add_row("speed", f"{scene.steps_per_s:.1f} steps/s, {scene.bytes_per_s / 1000:.1f} kB/s")
     grid.add_row("saved", f"step {scene.checkpoint}" if scene.checkpoint else "-")
-    grid.add_row("restarts", _restarts(scene))
+    grid.add_row("restarts", _restarts(scene, by_cause=width > 60))
     return _panel(grid, "job")
 
 
@@ -113,11 +113,11 @@ def _progress(scene: Scene, width: int) -> Table:
     return line
 
 
-def _restarts(scene: Scene) -> str:
+def _restarts(scene: Scene, *, by_cause: bool) -> str:
     counts = dict(scene.restarts or {})
     charged = counts.pop("worker_failed", 0)
-    free = [f"{count} {cause.replace('_', ' ')}" for cause, count in sorted(counts.items()) if cause != "finished"]
-    return f"{charged} charged" + (f"; free: {', '.join(free)}" if free else "")
+    causes = ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in sorted(counts.items()))
+    return f"{charged} charged, {sum(counts.values())} free" + (f" ({causes})" if by_cause and causes else "")
 
 
 def _curve_panel(scene: Scene, width: int, height: int) -> Panel:
@@ -180,8 +180,8 @@ def summary_of(summary: Summary) -> Group:
 
 def _costs(summary: Summary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", border_style="bright_black")
-    table.add_column("what happened", no_wrap=True)
-    for name in ("at step", "noticed in", "ready in", "no step for", "steps redone"):
+    table.add_column("\nwhat happened", no_wrap=True)
+    for name in ("\nat step", "\nnoticed in", "\nready in", "\nno step for", "steps\ndone again"):
         table.add_column(name, justify="right", no_wrap=True)
     changes: list[Kill | Join] = sorted([*summary.kills, *summary.joins], key=lambda change: change.mark.t)
     for change in changes:
@@ -202,7 +202,7 @@ def _cost(change: Kill | Join) -> tuple[RenderableType, ...]:
         )
     noticed_ms = None if change.detected_s is None else 1000 * change.detected_s
     return (
-        Text(f"✖ {mark.node} killed{', the store with it' if mark.hosts_store else ''}", style="red"),
+        Text(f"✖ {mark.node} killed{' (store)' if mark.hosts_store else ''}", style="red"),
         str(mark.step),
         _or_never(noticed_ms, "{:.0f} ms"),
         "",
