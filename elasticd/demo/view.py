@@ -75,8 +75,11 @@ def _panel(content: RenderableType, title: str) -> Panel:
 
 def _nodes_panel(nodes: Sequence[NodeRow]) -> Panel:
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0), expand=True)
-    for name, side in (("node", "left"), ("state", "left"), ("rank", "right"), ("links", "right"), ("", "left")):
-        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("node", no_wrap=True)
+    table.add_column("state", no_wrap=True, width=12)
+    table.add_column("rank", justify="right")
+    table.add_column("links", justify="right")
+    table.add_column("", width=5)
     for node in nodes:
         sign, style = _STATES[node.state]
         dead = node.state is NodeState.DEAD
@@ -181,7 +184,7 @@ def summary_of(summary: Summary) -> Group:
 def _costs(summary: Summary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", border_style="bright_black")
     table.add_column("\nwhat happened", no_wrap=True)
-    for name in ("\nat step", "\nnoticed in", "\nready in", "\nno step for", "steps\ndone again"):
+    for name in ("at\nstep", "noticed\nin", "ready\nin", "no step\nfor", "steps done\nagain"):
         table.add_column(name, justify="right", no_wrap=True)
     changes: list[Kill | Join] = sorted([*summary.kills, *summary.joins], key=lambda change: change.mark.t)
     for change in changes:
