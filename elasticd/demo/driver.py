@@ -27,7 +27,8 @@ from elasticd.demo.plan import JOB, LEDGER, NODES, Act, Cue, DemoOptions, Plan, 
 from elasticd.demo.record import Line, Mark, Record, parse_line
 from elasticd.demo.scene import NodeState, Scene, look
 from elasticd.demo.stage import Stage, open_stage
-from elasticd.errors import ConfigError
+from elasticd.errors import ConfigError, OperatorError
+from elasticd.testing.cgroups import Unsupported
 from elasticd.testing.cluster import Cluster, ClusterSpec
 from elasticd.testing.history import Tail
 from elasticd.testing.hosts import why_not_namespaces
@@ -58,6 +59,8 @@ def run_demo(options: DemoOptions) -> int:
         if options.as_json:
             print(json.dumps({**summary.plain(), "machine": machine}), flush=True)
         status = 0 if summary.passed else _EXIT_BROKEN
+    except Unsupported as error:
+        raise OperatorError(f"the demo cannot run on this machine: {error}") from error
     except KeyboardInterrupt:
         status = _EXIT_INTERRUPTED
         print("elasticd demo: interrupted; all that it had started is gone", file=sys.stderr)
