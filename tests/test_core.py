@@ -145,6 +145,17 @@ def test_a_failure_beyond_the_budget_ends_the_job_with_the_first_failure() -> No
     assert decision.round.failure.message == "a broke"  # the lower mod_revision
 
 
+def test_a_final_failure_ends_the_job_whatever_the_budget() -> None:
+    """torchrun's agent has restarts of its own; the others then ask for a new round, maybe before it gives up."""
+    last = failed("b")
+    assert last.failure is not None
+    last = dataclasses.replace(last, failure=dataclasses.replace(last.failure, final=True))
+    decision = decide_round(situation(world(A, B), failed("a"), last, spec=spec(max_restarts=1000)))
+    assert isinstance(decision, Proposal)
+    assert decision.round.phase is Phase.FAILED
+    assert decision.round.failure == last.failure
+
+
 def test_a_failure_of_an_older_round_does_not_count() -> None:
     assert decide_round(situation(world(A, B), A, failed("b", about=2))) == Wait(NothingToChange())
 
