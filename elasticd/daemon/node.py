@@ -7,6 +7,7 @@ agents are started (the Launcher that it is given).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -69,29 +70,36 @@ class NodeLoop:
         self._store, self.launcher, self._observer = store, launcher, observer
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
+        self._parts = contextlib.AsyncExitStack()
         self.local = LocalServer(setup.node.node_id, self.post, self._observe_step, self._commit)
 
     async def start(self) -> None:
         """Listens, then registers. OperatorError when it cannot."""
         node = self.setup.node
+        self._parts.callback(self._store.close)
         self.peers = PeerLinks(node.node_id, node.boot_id, self.setup.links, self.post)
+        self._parts.push_async_callback(self.peers.close)
         peer_port = await self.peers.listen(node.address, node.peer_port)
+        self._parts.push_async_callback(self.local.close)
         await self.local.listen(self.setup.socket_path)
         node = _with_port(node, peer_port)
         self.history = History(self.setup.history_file, node)
+        self._parts.callback(self._end_history)
         self.machine = Machine(node, self.setup.settings)
         ttl_s = max(1, round(self.setup.settings.lease_ttl_s))
         self.keeper = StoreKeeper(self._store, node, ttl_s, self.post_threadsafe, self._fail_threadsafe, self._is_alive)
         self.history.write("started")
         self.keeper.start()
+        self._parts.push_async_callback(self._loop.run_in_executor, None, self.keeper.close)
 
     async def close(self) -> None:
+        """Ends what start() has begun, however far it came; the lease is given back first."""
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()
-        await self._loop.run_in_executor(None, self.keeper.close)
-        await self.peers.close()
-        await self.local.close()
+        await self._parts.aclose()
+
+    def _end_history(self) -> None:
         self.history.write("stopped")
         self.history.close()
 
