@@ -255,10 +255,10 @@ class Watched(list[Any]):
         return self.samples().get((name, tuple(sorted(labels.items()))))
 
 
-def cluster_of(names: str, **spec: Any) -> tuple[Sim, Watched]:
+def cluster_of(names: str, *, sessions: bool = False, **spec: Any) -> tuple[Sim, Watched]:
     sim = Sim(7, spec=JobSpec(job_id=JobId("j"), min_nodes=1, max_nodes=8, command=("x",), **spec))
     for name in names:
-        sim.add(name)
+        sim.add(name, sessions=sessions)
     watched = Watched(sim, names[0])
     assert sim.run(5, lambda: world_of(watched) == len(names) and watched.node.workers > 0)
     return sim, watched
@@ -306,6 +306,16 @@ def test_a_lost_node_is_detected_and_recovered_from() -> None:
         told = watched.value("elasticd_recovery_seconds_sum", job_id="j", cause="node_lost", until=until)
         assert told is not None
         assert 0 < told <= stood_still_s
+
+
+def test_a_join_stops_the_others_from_the_step_boundary_on() -> None:
+    sim, watched = cluster_of("a", sessions=True)
+    asked_at = sim.now
+    sim.add("b", sessions=True)
+    assert sim.run(10, lambda: world_of(watched) == 2 and watched.node.workers > 1)
+    told = watched.value("elasticd_recovery_seconds_sum", job_id="j", cause="join", until="workers")
+    assert told is not None
+    assert 0 < told < (sim.now - asked_at) / 2  # what came before the boundary was spent training
 
 
 def test_a_crashed_worker_is_detected_by_its_last_step() -> None:
@@ -360,6 +370,8 @@ def test_another_job_ends_the_samples_of_the_last() -> None:
     watched.append((sim.now, "commit", {"job": "j", "round": 1, "step": 6, "committed": False}))
     assert watched.value("elasticd_checkpoint_step", job_id="j") == 5
     assert watched.value("elasticd_checkpoint_commits_total", job_id="j", result="refused") == 1
+    watched.append((sim.now, "commit", {"job": "made up", "round": 1, "step": 7, "committed": False}))
+    assert {dict(labels).get("job_id") for _, labels in watched.samples()} == {None, "j"}
     watched.append((sim.now, "job_taken", {"job": "k"}))
     jobs = {dict(labels).get("job_id") for _, labels in watched.samples()}
     assert jobs == {None, "k"}

@@ -102,7 +102,7 @@ class Tracker:
                 self._round_seen(details["round"], machine, now)
             case "workers_started" if details["round"] == self._round_number:
                 self._observe(self._recovery.started(now))
-            case "commit":
+            case "commit" if details["job"] == self._job_id:  # a script may claim any job
                 self._commit_answered(details)
             case _:
                 pass
@@ -159,7 +159,7 @@ class Tracker:
 
     def _commit_answered(self, details: dict[str, object]) -> None:
         done = bool(details["committed"])
-        self._metrics.commits.labels(details["job"], "committed" if done else "refused").inc()
+        self._metrics.commits.labels(self._job_id, "committed" if done else "refused").inc()
         if done:
             self._committed = (int(str(details["step"])), time.time())
 
