@@ -135,8 +135,8 @@ def _again(scale: _Scale, record: Record) -> list[str]:
         if line.round_number != kept[line.step].round_number
     ]
     note = "computed before a kill, and again after it"
-    key = f"<circle class='again' cx='{_WIDTH - _RIGHT - 244}' cy='40' r='3'/>"
-    return [*dots, key, f"<text x='{_WIDTH - _RIGHT}' y='44' text-anchor='end'>{note}</text>"] if dots else []
+    key = f"<text x='{_WIDTH - _RIGHT}' y='44' text-anchor='end'><tspan class='again'>●</tspan> {note}</text>"
+    return [*dots, key] if dots else []
 
 
 def _changes(record: Record) -> list[Kill | Join]:
