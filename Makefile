@@ -17,7 +17,7 @@ test-fast: $(VENV)/.ready ## the core and what else needs seconds
 	$(PY) -m pytest -m "not net and not slow"
 
 lint: $(VENV)/.ready
-	$(VENV)/bin/ruff check elasticd tests
+	$(VENV)/bin/ruff check elasticd tests dashboards
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.ready ## side by side with torchrun; about 20 minutes

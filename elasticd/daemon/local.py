@@ -102,8 +102,8 @@ class LocalServer:
                 self._receive(caller, decode(line))
         except (ProtocolError, ValueError, KeyError, TypeError) as error:
             log.warning("closing a local connection (%s): %s", caller.kind or "no hello", error)
-        except OSError:
-            pass
+        except (OSError, asyncio.CancelledError):
+            pass  # the other end is gone, or the loop ends with callers still connected: nothing more is to be said
         finally:
             self._callers.discard(caller)
             self._gone(caller)
