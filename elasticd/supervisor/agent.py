@@ -111,11 +111,11 @@ class NodeAgent(LocalElasticAgent):
         self._failures = {}
         try:
             self._initialize_workers(group)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a local rank that has no GPU
             self._cannot_start(group, error)
         self._handler.offer_next_store()
 
-    def _cannot_start(self, group: WorkerGroup, error: OSError) -> None:
+    def _cannot_start(self, group: WorkerGroup, error: Exception) -> None:
         """What a person must mend on this node (a full disk, a folder that is not ours) counts as the job's failure."""
         assert self._handler.round is not None
         message = f"workers cannot be started on node {self._config.node_id}: {error}"
@@ -204,7 +204,7 @@ class NodeAgent(LocalElasticAgent):
         return pids
 
     def _environment(self, group: WorkerGroup, worker: Worker) -> dict[str, str]:
-        """torchrun's list (LocalElasticAgent._start_workers, launch_agent), and ours. The restart count is the job's."""
+        """torchrun's list (LocalElasticAgent._start_workers, launch_agent), and ours; restarts are the job's."""
         current, spec = self._handler.round, group.spec
         assert current is not None
         env = {
