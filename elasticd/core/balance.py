@@ -1,0 +1,133 @@
+"""Which shares make a step shortest, from how long a micro-batch takes on each rank. Pure.
+
+A step lasts as long as its slowest rank: ``max(share * seconds)``. Shares change only where that is worth it, one
+micro-batch at a time from the rank that ends last to the one that would then end first, until no such move shortens the
+step. The result cannot be bettered: a shorter step would need a smaller share for the slowest rank, and no larger one
+for any other. Ranks do not fall below one micro-batch where there are enough: one without any would still compute a
+stand-in (worker/microbatches.py), and gain nothing.
+
+A single slow window (a checkpoint, another process) is no change of speed: what counts is the median of a rank's last
+three. A lasting change shows in two of them, so shares have settled with the third exchange after it.
+
+Every rank feeds the same numbers into the same function at the end of the same step, so all decide alike. Not here: the
+measuring and the exchange (worker/shares.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+from statistics import median
+
+from elasticd.core.plan import Shares, equal_shares
+
+WINDOWS = 3
+#: A step must get shorter by this part for shares to change: less is within what is measured by chance.
+WORTHWHILE = 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebalanced:
+    """``shares`` are other than before, because ``rank`` ended last; seconds of a step, before and after, as predicted."""
+
+    shares: Shares
+    rank: int
+    before_s: float
+    after_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The shares stay: no better ones, or not better by enough."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedUnknown:
+    """The shares stay: the measure of ``rank`` is not a positive, finite number."""
+
+    rank: int
+    seconds: float
+
+
+Decision = Rebalanced | Kept | SpeedUnknown
+
+
+class Speeds:
+    """The last measures of each rank: the only thing that balancing remembers."""
+
+    def __init__(self, world_size: int) -> None:
+        self._windows: list[list[float]] = [[] for _ in range(world_size)]
+
+    def add(self, seconds: Sequence[float]) -> None:
+        """One window's seconds per micro-batch of each rank. What is no measure is left out, and ages the others not."""
+        for windows, measured in zip(self._windows, seconds, strict=True):
+            if is_measure(measured):
+                windows.append(measured)
+                del windows[:-WINDOWS]
+
+    def known(self) -> list[float]:
+        """Seconds per micro-batch of each rank; NaN until there are two windows: the first one is warming up."""
+        return [median(windows[-WINDOWS:]) if len(windows) > 1 else float("nan") for windows in self._windows]
+
+
+def is_measure(seconds: float) -> bool:
+    return isfinite(seconds) and seconds > 0
+
+
+def step_seconds(shares: Sequence[int], seconds: Sequence[float]) -> float:
+    return max(share * each for share, each in zip(shares, seconds, strict=True))
+
+
+def fit_caps(shares: Shares, caps: Sequence[int]) -> Shares:
+    """The shares, as near as can be, with none above its cap. ValueError when the caps hold fewer than all together."""
+    if sum(caps) < sum(shares):
+        raise ValueError(f"ranks take at most {sum(caps)} micro-batches together, and a step has {sum(shares)}")
+    fitted = [min(share, cap) for share, cap in zip(shares, caps, strict=True)]
+    for _ in range(sum(shares) - sum(fitted)):
+        room = [rank for rank, share in enumerate(fitted) if share < caps[rank]]
+        fitted[min(room, key=lambda rank: fitted[rank])] += 1
+    return tuple(fitted)
+
+
+def choose_first(micro_batches: int, caps: Sequence[int]) -> Shares:
+    """The shares of a world whose speeds are not known yet: equal, within the caps."""
+    return fit_caps(equal_shares(micro_batches, len(caps)), caps)
+
+
+def choose_shares(shares: Shares, seconds: Sequence[float], caps: Sequence[int]) -> Decision:
+    """The shares of the steps to come, for ranks that take so many seconds per micro-batch.
+
+    ``shares`` are those that stand, and are within ``caps``.
+    """
+    for rank, measured in enumerate(seconds):
+        if not is_measure(measured):
+            return SpeedUnknown(rank=rank, seconds=measured)
+    before_s = step_seconds(shares, seconds)
+    best = _shortest(shares, seconds, caps)
+    after_s = step_seconds(best, seconds)
+    if after_s > before_s * (1 - WORTHWHILE):
+        return Kept()
+    return Rebalanced(shares=best, rank=_ends_last(shares, seconds), before_s=before_s, after_s=after_s)
+
+
+def _shortest(shares: Shares, seconds: Sequence[float], caps: Sequence[int]) -> Shares:
+    least = 1 if sum(shares) >= len(shares) else 0
+    found = list(shares)
+    while True:
+        last = _ends_last(found, seconds)
+        takes = [
+            (found[rank] + 1) * each if rank != last and found[rank] < caps[rank] else inf
+            for rank, each in enumerate(seconds)
+        ]
+        taker = takes.index(min(takes))
+        if found[last] <= least or takes[taker] >= found[last] * seconds[last]:
+            return tuple(found)
+        found[last] -= 1
+        found[taker] += 1
+
+
+def _ends_last(shares: Sequence[int], seconds: Sequence[float]) -> int:
+    """The first of those that end last: the same on every rank."""
+    ends = [share * each for share, each in zip(shares, seconds, strict=True)]
+    return ends.index(max(ends))

@@ -1,0 +1,210 @@
+"""Plans and balance: sums, exactly-once, stability, caps, optimal shares, and how soon a change of speed is followed."""
+
+from __future__ import annotations
+
+import math
+import random
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elasticd.core.balance import (
+    WORTHWHILE,
+    Kept,
+    Rebalanced,
+    Speeds,
+    SpeedUnknown,
+    choose_first,
+    choose_shares,
+    fit_caps,
+    step_seconds,
+)
+from elasticd.core.plan import equal_shares, make_plan, moved, positions
+from elasticd.worker.data import Cursor, sample_ids
+
+SHARES = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(lambda shares: sum(shares) > 0).map(tuple)
+SPEED = st.floats(1e-4, 10.0)
+
+
+@st.composite
+def transfers(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shares, and others that differ in a few micro-batches."""
+    shares = list(draw(SHARES))
+    after = list(shares)
+    for _ in range(draw(st.integers(0, 3))):
+        giver = draw(st.sampled_from([rank for rank, share in enumerate(after) if share]))
+        taker = draw(st.integers(0, len(after) - 1))
+        after[giver] -= 1
+        after[taker] += 1
+    return tuple(shares), tuple(after)
+
+
+# --- the plan ---
+
+
+@given(SHARES)
+def test_every_micro_batch_is_computed_exactly_once_and_shares_sum_up(shares: tuple[int, ...]) -> None:
+    plan = make_plan(shares)
+    assert plan.shares == shares
+    assert sorted(m for owned in plan.owned for m in owned) == list(range(sum(shares)))
+    assert all(list(owned) == sorted(owned) for owned in plan.owned)
+    assert [plan.owner_of()[m] for owned in plan.owned for m in owned] == [
+        rank for rank, owned in enumerate(plan.owned) for _ in owned
+    ]
+
+
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_equal_shares_differ_by_one_at_most(micro_batches: int, world: int) -> None:
+    shares = equal_shares(micro_batches, world)
+    assert sum(shares) == micro_batches
+    assert len(shares) == world
+    assert max(shares) - min(shares) <= 1
+    assert (min(shares) == 0) == (micro_batches < world)
+    assert make_plan(shares).owner_of() == tuple(sorted(make_plan(shares).owner_of()))
+
+
+@given(SHARES)
+def test_from_equal_shares_no_more_moves_than_must(shares: tuple[int, ...]) -> None:
+    equal = equal_shares(sum(shares), len(shares))
+    must = sum(abs(one - other) for one, other in zip(equal, shares, strict=True)) // 2
+    assert moved(make_plan(equal), make_plan(shares)) == must
+
+
+@given(transfers())
+def test_a_small_change_of_shares_moves_few_micro_batches(change: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """No rank has more than twice as many new ones as changed hands in all."""
+    before, after = change
+    changed = sum(abs(one - other) for one, other in zip(before, after, strict=True)) // 2
+    one, other = make_plan(before), make_plan(after)
+    for had, has in zip(one.owned, other.owned, strict=True):
+        assert len(set(has) - set(had)) <= 2 * changed
+    takers = sum(share > home for share, home in zip(after, equal_shares(sum(after), len(after)), strict=True))
+    assert changed <= moved(one, other) <= changed * (1 + 2 * takers)
+
+
+@given(SHARES, st.integers(1, 5), st.integers(0, 30))
+def test_the_samples_of_a_step_do_not_depend_on_the_world(shares: tuple[int, ...], size: int, step: int) -> None:
+    count = sum(shares)
+    cursor = Cursor().advanced(step * count * size, 101)
+    whole = sample_ids(cursor, range(count * size), size=101, seed=3)
+    found = {
+        m: sample_ids(cursor, positions(m, size), size=101, seed=3) for owned in make_plan(shares).owned for m in owned
+    }
+    assert [sample for m in range(count) for sample in found[m]] == whole
+
+
+@pytest.mark.parametrize(("shares", "owned"), [
+    ((1, 2, 5), ((0,), (3, 4), (1, 2, 5, 6, 7))),
+    ((2, 2, 2), ((0, 1), (2, 3), (4, 5))),
+    ((1, 1, 0), ((0,), (1,), ())),
+    ((0, 0, 4), ((), (), (0, 1, 2, 3))),
+])  # fmt: skip
+def test_plans_by_example(shares: tuple[int, ...], owned: tuple[tuple[int, ...], ...]) -> None:
+    assert make_plan(shares).owned == owned
+
+
+@pytest.mark.parametrize("shares", [(), (0, 0), (3, -1)])
+def test_what_cannot_be_divided(shares: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="cannot be divided|is negative"):
+        make_plan(shares)
+
+
+# --- balance ---
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[tuple[int, ...], list[float], list[int]]:
+    """Shares within caps, and speeds."""
+    caps = draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))
+    count = draw(st.integers(1, sum(caps)))
+    return choose_first(count, caps), draw(st.lists(SPEED, min_size=len(caps), max_size=len(caps))), caps
+
+
+@given(situations())
+def test_new_shares_sum_up_and_respect_caps_and_shorten_the_step(
+    situation: tuple[tuple[int, ...], list[float], list[int]],
+) -> None:
+    shares, seconds, caps = situation
+    decision = choose_shares(shares, seconds, caps)
+    if isinstance(decision, Rebalanced):
+        assert sum(decision.shares) == sum(shares)
+        assert all(share <= cap for share, cap in zip(decision.shares, caps, strict=True))
+        assert sum(shares) < len(shares) or min(decision.shares) >= 1
+        assert decision.after_s == step_seconds(decision.shares, seconds) <= (1 - WORTHWHILE) * decision.before_s
+        assert choose_shares(decision.shares, seconds, caps) == Kept()
+
+
+@given(st.lists(st.sampled_from([0.1, 0.15, 0.2, 0.5, 1.0]), min_size=2, max_size=4), st.integers(4, 9))
+def test_no_other_shares_are_better(seconds: list[float], count: int) -> None:
+    world = len(seconds)
+    caps = [count] * world
+    candidates = [s for s in product(range(1, count + 1), repeat=world) if sum(s) == count]
+    best = min(step_seconds(shares, seconds) for shares in candidates)
+    start = equal_shares(count, world)
+    decision = choose_shares(start, seconds, caps)
+    reached = decision.shares if isinstance(decision, Rebalanced) else start
+    assert step_seconds(reached, seconds) * (1 - WORTHWHILE) <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("bad", [math.nan, 0.0, -1.0, math.inf])
+def test_a_speed_that_is_none_changes_nothing_and_says_whose(bad: float) -> None:
+    decision = choose_shares((4, 4), [0.1, bad], [8, 8])
+    assert isinstance(decision, SpeedUnknown)
+    assert decision.rank == 1
+    speeds = Speeds(2)
+    for _ in range(3):
+        speeds.add([0.1, bad])
+    assert math.isnan(speeds.known()[1])
+    speeds.add([0.1, 0.2])
+    speeds.add([0.1, 0.2])
+    speeds.add([0.1, bad])
+    assert speeds.known() == [0.1, 0.2]
+
+
+def test_a_small_difference_is_not_worth_a_change() -> None:
+    assert choose_shares((32, 32), [0.1, 0.102], [64, 64]) == Kept()
+    decision = choose_shares((32, 32), [0.1, 0.2], [64, 64])
+    assert isinstance(decision, Rebalanced)
+    assert (decision.shares, decision.rank) == ((43, 21), 1)
+
+
+def test_caps_that_cannot_hold_a_step() -> None:
+    with pytest.raises(ValueError, match="at most 7 micro-batches together, and a step has 8"):
+        choose_first(8, [3, 4])
+    assert choose_first(8, [3, 9, 9]) == (3, 3, 2)
+    assert fit_caps((4, 4, 4), [1, 20, 5]) == (1, 6, 5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_change_of_speed_is_followed_with_the_third_exchange_and_noise_is_not(seed: int) -> None:
+    """Simulated: noisy windows, a rank that becomes slower in the middle of one, and one outlier that means nothing."""
+    draw = random.Random(seed)
+    world, count = draw.randint(2, 6), 48
+    caps, speeds, shares = [count] * world, Speeds(world), equal_shares(count, world)
+    true = [0.1] * world
+    changes: list[int] = []
+
+    def exchange(at: int, seconds: list[float]) -> None:
+        nonlocal shares
+        speeds.add([each * draw.gauss(1, 0.005) for each in seconds])
+        decision = choose_shares(shares, speeds.known(), caps)
+        if isinstance(decision, Rebalanced):
+            shares = decision.shares
+            changes.append(at)
+
+    for at in range(20):
+        exchange(at, [each * (5 if at == 10 and rank == 0 else 1) for rank, each in enumerate(true)])
+    assert changes == [], "noise, or one outlier, changed the shares"
+    slow = draw.randrange(world)
+    polluted = list(true)
+    polluted[slow] *= 1 + draw.random()  # it became slow within this window
+    true[slow] *= 2
+    exchange(20, polluted)
+    for at in range(21, 40):
+        exchange(at, true)
+    assert changes, "the change was not followed"
+    assert max(changes) <= 22, changes
+    ideal = count / sum(1 / each for each in true)
+    assert step_seconds(shares, true) <= ideal * (1 + WORTHWHILE) + max(true)
