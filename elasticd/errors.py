@@ -67,6 +67,10 @@ class StepsDiverged(ElasticdError):
     """The ranks of a job are in different steps: what they compute together means nothing."""
 
 
+class NotFinite(ElasticdError):
+    """In exact mode a gradient is infinite or not a number; the text names the parameter. Raised on all ranks alike."""
+
+
 # --- The job's budget decides ---
 
 

@@ -29,7 +29,7 @@ WORTHWHILE = 0.03
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebalanced:
-    """``shares`` are other than before, because ``rank`` ended last; seconds of a step, before and after, as predicted."""
+    """Other ``shares`` than before, because ``rank`` ended last; seconds of a step, before and after, as predicted."""
 
     shares: Shares
     rank: int
@@ -58,9 +58,12 @@ class Speeds:
 
     def __init__(self, world_size: int) -> None:
         self._windows: list[list[float]] = [[] for _ in range(world_size)]
+        #: How many windows there were.
+        self.exchanges = 0
 
     def add(self, seconds: Sequence[float]) -> None:
-        """One window's seconds per micro-batch of each rank. What is no measure is left out, and ages the others not."""
+        """One window's seconds per micro-batch of each rank. What is no measure is left out."""
+        self.exchanges += 1
         for windows, measured in zip(self._windows, seconds, strict=True):
             if is_measure(measured):
                 windows.append(measured)

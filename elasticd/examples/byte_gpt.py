@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m elasticd.examples.byte_gpt --steps 50
     python -m elasticd.examples.byte_gpt --steps 50
 
-The global batch is constant: the loss curve is the same on any world, up to rounding.
+A step is a fixed number of micro-batches: the loss curve is the same on any world, up to rounding; with --exact the
+weights have the same bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -79,27 +79,24 @@ class StandardLibrary:
     def __len__(self) -> int:
         return (len(self._text) - 1) // self._length
 
-    def batch(self, ids: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, each (len(ids), length)."""
-        starts = torch.tensor(ids).unsqueeze(1) * self._length
-        tokens = self._text[starts + torch.arange(self._length + 1)].long().to(device)
-        return tokens[:, :-1], tokens[:, 1:]
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and target, each (length,)."""
+        tokens = self._text[index * self._length : (index + 1) * self._length + 1].long()
+        return tokens[:-1], tokens[1:]
 
 
-def loss_of(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-
-
-def global_mean(scaled_loss: torch.Tensor) -> float:
-    """The mean over the global batch, from each rank's loss as it was scaled for DDP."""
-    total = scaled_loss.detach().clone()
-    dist.all_reduce(total)
-    return float(total.item()) / dist.get_world_size()
+def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def train(arguments: argparse.Namespace) -> None:
     session = Session(
-        checkpoint_dir=arguments.checkpoint_dir, save_every_steps=arguments.save_every, seed=arguments.seed
+        micro_batches=arguments.micro_batches,
+        balance=arguments.balance,
+        exact=arguments.exact,
+        checkpoint_dir=arguments.checkpoint_dir,
+        save_every_steps=arguments.save_every,
+        seed=arguments.seed,
     )
     data = StandardLibrary(arguments.length)
     model = DistributedDataParallel(ByteGPT(length=arguments.length, width=arguments.width).to(session.device))
@@ -110,18 +107,15 @@ def train(arguments: argparse.Namespace) -> None:
         for step in session.steps(until=arguments.steps):
             ends_at = time.monotonic() + arguments.step_seconds
             with step:
-                ids = step.batch_indices(dataset_size=len(data), global_batch=arguments.batch)
-                # An empty share (more ranks than samples) still needs a backward pass; its weight is 0.
-                loss = loss_of(model, *data.batch(ids or [0], session.device)) * step.loss_scale
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                for inputs, targets in step.micro_batches(data, size=arguments.batch // arguments.micro_batches):
+                    step.backward(loss_of(model(inputs), targets))
                 optimizer.step()
-                mean = global_mean(loss)
-                step.report(loss=mean)
+                loss = step.mean_loss()
+                step.report(loss=loss)
             time.sleep(max(0.0, ends_at - time.monotonic()))
-            record(ledger, session, ids, mean)
+            record(ledger, session, step.sample_ids, loss)
             if session.rank == 0 and session.step % arguments.print_every == 0:
-                print(f"step {session.step} world {session.world_size} loss {mean:.4f}", flush=True)
+                print(f"step {session.step} world {session.world_size} loss {loss:.4f}", flush=True)
 
 
 def open_ledger(path: str | None) -> TextIO:
@@ -147,6 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="train until this many steps are completed")
     parser.add_argument("--batch", type=int, default=12, help="sequences in the global batch")
+    parser.add_argument("--micro-batches", type=int, default=6, help="of them a step; --batch is a multiple of this")
+    parser.add_argument("--balance", default="auto", choices=["auto", "on", "off"], help="shares follow speed")
+    parser.add_argument("--exact", action="store_true", help="sum gradients in fixed point: the same bits on any world")
     parser.add_argument("--length", type=int, default=64, help="bytes in a sequence")
     parser.add_argument("--width", type=int, default=128, help="width of the model")
     parser.add_argument("--seed", type=int, default=1)
@@ -155,7 +152,10 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=10, help="steps between two checkpoints")
     parser.add_argument("--print-every", type=int, default=10)
     parser.add_argument("--ledger", help="append a JSON line for each completed step of each rank to this file")
-    train(parser.parse_args())
+    arguments = parser.parse_args()
+    if arguments.micro_batches < 1 or arguments.batch % arguments.micro_batches:
+        parser.error(f"--batch {arguments.batch} is not a multiple of --micro-batches {arguments.micro_batches}")
+    train(arguments)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ many were begun goes along, both ways round, so that a rank that repeated or lef
 died makes it raise on the others within milliseconds; a silent one makes it wait, which is the daemon's to notice.
 
 It costs about a millisecond on a busy machine, so short steps do without: how long a step takes is agreed upon too, and
-with it the step of the next exchange.
+with it the step of the next exchange. One more number of each rank's own goes along, for all to see (shares.py says
+how fast the rank is).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,8 @@ from elasticd.worker.world import make_side_group
 #: How often the ranks talk, about; a step that is longer than this has an exchange of its own.
 EXCHANGE_EVERY_S = 0.2
 MAX_STEPS_APART = 20
+#: How many numbers are agreed upon; each rank's own follow.
+_AGREED = 6
 
 
 class Control:
@@ -32,14 +36,19 @@ class Control:
 
     def __init__(self) -> None:
         self.group = make_side_group()
-        self._said = torch.zeros(6, dtype=torch.int64)
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._said = torch.zeros(_AGREED, dtype=torch.int64)
         self._work: dist.Work | None = None
         self._begun = 0
+        self.told: list[int] = []
         self._next_exchange = 0
         self._last_exchange: tuple[int, float] | None = None  # (step, when)
 
-    def start(self, step: int, *, stop_wanted: bool, due: bool) -> None:
-        """``due``: an exchange must be had, whatever the time. The same on all ranks, as ``step`` is."""
+    def start(self, step: int, *, stop_wanted: bool, due: bool, own: Callable[[], int] = lambda: 0) -> None:
+        """``due``: an exchange must be had, whatever the time. The same on all ranks, as ``step`` is.
+
+        ``own`` is called when there is one: what this rank tells the others, not negative.
+        """
         self._begun += 1
         self._work = None
         if self.group is None:
@@ -47,14 +56,18 @@ class Control:
         elif due or step >= self._next_exchange:
             said = [stop_wanted, self._step_us(step), step, -step, self._begun, -self._begun]
             # A new tensor each time: the exchange of a step that was given up may still be under way.
-            self._said = torch.tensor(said, dtype=torch.int64)
+            self._said = torch.zeros(_AGREED + self._world_size, dtype=torch.int64)
+            self._said[:_AGREED] = torch.tensor(said, dtype=torch.int64)
+            self._said[_AGREED + self._rank] = own()
             self._work = dist.all_reduce(self._said, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
 
     def finish(self, step: int) -> tuple[bool, float]:
         """Whether any rank wanted to stop, and the seconds that this call was blocked for others.
 
-        StepsDiverged when the ranks have not begun the same steps.
+        StepsDiverged when the ranks have not begun the same steps. ``told`` then holds each rank's ``own``; it is empty
+        after a step without an exchange.
         """
+        self.told = []
         if self.group is None:
             return bool(self._said[0]), 0.0
         if self._work is None:
@@ -63,7 +76,7 @@ class Control:
         self._work.wait()
         blocked_s = time.monotonic() - started
         self._work = None
-        stop_wanted, step_us, last, first, most, least = self._said.tolist()
+        stop_wanted, step_us, last, first, most, least, *self.told = self._said.tolist()
         if (last, most) != (-first, -least):
             raise StepsDiverged(
                 f"ranks are in steps {-first} to {last}, and have begun {-least} to {most}: a block that raised was "

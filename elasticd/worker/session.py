@@ -1,26 +1,28 @@
 """What a training script imports: ``elasticd.Session``.
 
-    session = elasticd.Session(checkpoint_dir="checkpoints", save_every_steps=100, seed=1)
+    session = elasticd.Session(micro_batches=16, checkpoint_dir="checkpoints", save_every_steps=100, seed=1)
     model = DistributedDataParallel(Net().to(session.device))
     optimizer = torch.optim.AdamW(model.parameters())
     session.register(model=model, optimizer=optimizer)
     session.restore()
     for step in session.steps(until=10_000):
         with step:
-            ids = step.batch_indices(dataset_size=len(data), global_batch=256)
-            loss = loss_of(model, data, ids)  # the mean over this rank's share
-            optimizer.zero_grad()
-            (loss * step.loss_scale).backward()
+            for inputs, targets in step.micro_batches(dataset, size=4):
+                step.backward(loss_of(model(inputs), targets))  # the mean over the micro-batch
             optimizer.step()
-            step.report(loss=loss.item(), samples=len(ids))
+            step.report(loss=step.mean_loss())
 
 What happens inside ``with step:`` belongs to that step alone, and takes its samples and its weight from ``step``: so
 the library may yield the same step again, when it could not be completed. A step is completed when the block ends.
 Checkpoints are saved, and the job stops for a change of its world, between two steps.
 
+A step is 16 micro-batches here, whatever the world; how many of them a rank computes follows its speed. A script that
+would rather divide its batch itself asks ``step.batch_indices`` for sample ids, and multiplies its loss by
+``step.loss_scale``.
+
 It runs under elasticd, under plain torchrun, and under plain python as a world of one; without a daemon everything
 works but reports and stops. This module is the composition root of the training process: it alone joins worker/ and
-checkpoint/. Not here: recovery inside the process, and shares that differ by speed (both to come).
+checkpoint/. Not here: recovery inside the process (to come).
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ from elasticd.torch_defects import keep_destroyed_groups
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
 from elasticd.worker.link import DaemonLink, StepReport
+from elasticd.worker.planned import PlannedSteps
+from elasticd.worker.shares import Balance, make_work
 from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, derive_seed, seed_random
 from elasticd.worker.step import Step
 from elasticd.worker.waiting import GradientWait
@@ -66,6 +70,11 @@ class Session:
     rank. ``save_timeout_s``: for how long a save waits for a rank that is silent (one that died fails it at once). It
     must be longer than the slowest rank takes to write its part: a save that times out ends the process.
 
+    ``micro_batches``: how many a step has, on all ranks together and for the whole job, for ``step.micro_batches``.
+    ``max_micro_batches``: no more than so many in a step for this rank. ``balance``: "on" gives faster ranks more of
+    them, "off" divides them equally, "auto" is on where each rank holds the whole model. ``exact``: gradients are
+    summed in fixed point, the same bits on any world (worker/exact.py says what that costs, and does not cover).
+
     ConfigError when the directory is not writable or the environment is not whole.
     """
 
@@ -78,10 +87,15 @@ class Session:
         seed: int | None = None,
         device: str | None = None,
         save_timeout_s: float = 300.0,
+        micro_batches: int | None = None,
+        max_micro_batches: int | None = None,
+        balance: Balance = "auto",
+        exact: bool = False,
     ) -> None:
         _show_operator_errors_as_one_line()
         if save_every_steps < 0 or keep < 1:
             raise ConfigError("save_every_steps must not be negative, and keep must be at least 1")
+        work = make_work(micro_batches, at_most=max_micro_batches, balance=balance, exact=exact)
         self._place = Place.from_environment()
         self.device = choose_device(self._place, device)
         self._directory = Path(checkpoint_dir).absolute() if checkpoint_dir is not None else None
@@ -93,6 +107,11 @@ class Session:
         self._save_every_steps, self._seed = save_every_steps, seed or 0
         self._saver = self._make_saver(keep, save_timeout_s)
         self._link = _connect(self._place)
+        self.planned: PlannedSteps | None = None
+        if work is not None:
+            self.planned = PlannedSteps(
+                work, group=self._control.group, device=self.device, seed=seed, tell=self._tell_shares
+            )
         self._registered: Registered | None = None
         self._waiting = GradientWait()
         self._restored = self._in_step = False
@@ -148,6 +167,8 @@ class Session:
         self._registered = Registered(model=model, optimizer=optimizer, extra=dict(extra or {}))
         if model is not None and optimizer is not None and self.device.type == "cpu":
             self._waiting.attach(model, optimizer)
+        if model is not None and self.planned is not None:
+            self.planned.use(self._registered)
 
     def restore(self) -> int:
         """Collective. Take up the newest checkpoint that verifies; the number of completed steps (0: a fresh start).
@@ -229,7 +250,9 @@ class Session:
         self._set_in_step(True)
         self._waiting.take()
         wanted = self._link is not None and self._link.boundary_wanted
-        self._control.start(self._completed, stop_wanted=wanted, due=self._saves_at(self._completed + 1))
+        due = self._saves_at(self._completed + 1)
+        own = self.planned.measure if self.planned is not None else lambda: 0
+        self._control.start(self._completed, stop_wanted=wanted, due=due, own=own)
 
     def abandon(self) -> None:
         self._set_in_step(False)
@@ -240,6 +263,8 @@ class Session:
         seconds = time.monotonic() - step.started_at
         self._completed = step.index + 1
         self.cursor, self.dataset_size = step.next_cursor, step.dataset_size
+        if self.planned is not None:
+            self.planned.decide(self._completed, self._control.told)
         if self._link is not None:
             self._link.report(
                 StepReport(
@@ -250,6 +275,13 @@ class Session:
                     metrics=step.metrics,
                 )
             )
+
+    def _tell_shares(self, event: Mapping[str, Any]) -> None:
+        """All ranks have decided the same: one of them says so."""
+        if self.rank == 0:
+            log.info("elasticd: shares %s from step %d on: %s", event["shares"], event["step"], event["reason"])
+            if self._link is not None:
+                self._link.post(dict(event))
 
     def _saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due once so many steps are completed."""

@@ -6,12 +6,16 @@ Not here: what happens between two steps (session.py).
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from elasticd.errors import ConfigError
 from elasticd.worker.data import Cursor, sample_ids, shard
+from elasticd.worker.loading import Collate, Source
+from elasticd.worker.planned import PlannedSteps, StepWork
 
 
 class Host(Protocol):
@@ -28,6 +32,9 @@ class Host(Protocol):
 
     @property
     def world_size(self) -> int: ...
+
+    @property
+    def planned(self) -> PlannedSteps | None: ...
 
     def begin(self) -> None: ...
 
@@ -51,6 +58,7 @@ class Step:
         self._host = host
         self._next_cursor = host.cursor
         self._loss_scale = 1.0
+        self._work: StepWork | None = None
 
     def __enter__(self) -> Step:
         if self.entered:
@@ -61,7 +69,12 @@ class Step:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if error is None:
+        if error is None and self._work is not None and not self._work.done:
+            self._host.abandon()
+            self._work.check_done()
+        elif error is None:
+            if self._work is not None:
+                self.samples = len(self._work.sample_ids)
             self._host.complete(self)
             self.completed = True
         else:
@@ -72,6 +85,56 @@ class Step:
         """Where the data stands once this step is completed."""
         return self._next_cursor
 
+    def micro_batches(
+        self, dataset: Any, *, size: int, workers: int = 0, prefetch: int = 2, collate: Collate | None = None
+    ) -> Iterator[Any]:
+        """This rank's micro-batches of ``size`` samples, collated and on the session's device. Once a step.
+
+            for inputs, targets in step.micro_batches(dataset, size=4):
+                step.backward(loss_of(model(inputs), targets))
+            optimizer.step()
+
+        A step has as many of them as the session was told, whatever the world; their samples follow the cursor in the
+        order given by (seed, epoch), and go on with the next epoch where one ends. Gradients of earlier steps are
+        cleared at the loop's beginning, and are the exact mean over all micro-batches of all ranks at its end.
+        With more ranks than micro-batches, some compute a stand-in that counts nothing.
+
+        ``dataset`` has ``__len__`` and ``__getitem__`` (or ``__getitems__``); ``workers`` processes load ``prefetch``
+        micro-batches each ahead of time, 0 loads here; ``collate`` as in torch's DataLoader.
+
+        ConfigError without ``Session(micro_batches=...)``; ValueError when a step does not fit the data set, or it has
+        changed its size in the middle of an epoch; NotFinite in exact mode.
+        """
+        planned = self._host.planned
+        if planned is None:
+            raise ConfigError("say how many micro-batches a step has, for the whole job: Session(micro_batches=...)")
+        if self._work is not None or not self.entered:
+            raise RuntimeError("loop over step.micro_batches() once in each step, inside 'with step:'")
+        if size < 1 or workers < 0 or prefetch < 1:
+            raise ValueError("a micro-batch has at least 1 sample, workers are not negative, and prefetch at least 1")
+        self._advance(len(dataset), planned.micro_batches * size)
+        self._work = StepWork(planned)
+        source = Source(dataset=dataset, size=size, workers=workers, prefetch=prefetch, collate=collate)
+        return planned.run(self.index, self._host.cursor, source, self._work)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The backward pass of one micro-batch, from the mean loss over its samples, weighted for the step's mean."""
+        self._begun_work().backward(loss)
+
+    def mean_loss(self) -> float:
+        """Collective, after the loop: the mean over all micro-batches of all ranks, the same number on each of them."""
+        return self._begun_work().mean_loss()
+
+    @property
+    def sample_ids(self) -> list[int]:
+        """The samples that this rank has had in this step so far, in order."""
+        return list(self._work.sample_ids) if self._work is not None else []
+
+    def _begun_work(self) -> StepWork:
+        if self._work is None:
+            raise RuntimeError("loop over step.micro_batches() first")
+        return self._work
+
     def batch_indices(self, *, dataset_size: int, global_batch: int) -> list[int]:
         """The sample ids of this rank's share of the step's global batch. Empty when there are more ranks than samples.
 
@@ -79,17 +142,21 @@ class Step:
         by (seed, epoch). Calling it again in the same step gives the same ids. ValueError when a batch does not fit, or
         when the data set has changed its size in the middle of an epoch: samples would be skipped or repeated.
         """
+        self._advance(dataset_size, global_batch)
+        positions = shard(global_batch, self._host.rank, self._host.world_size)
+        self._loss_scale = len(positions) * self._host.world_size / global_batch
+        self.samples = len(positions)
+        return sample_ids(self._host.cursor, positions, size=dataset_size, seed=self._host.seed)
+
+    def _advance(self, dataset_size: int, global_batch: int) -> None:
+        """The step's samples are the next ``global_batch`` of so many."""
         if not 0 < global_batch <= dataset_size:
             raise ValueError(f"a global batch of {global_batch} does not fit a data set of {dataset_size} samples")
         cursor, known = self._host.cursor, self._host.dataset_size
         if cursor.index and dataset_size != known:
             raise ValueError(f"the data set has {dataset_size} samples, but had {known} when this epoch began")
         self.dataset_size = dataset_size
-        positions = shard(global_batch, self._host.rank, self._host.world_size)
         self._next_cursor = cursor.advanced(global_batch, dataset_size)
-        self._loss_scale = len(positions) * self._host.world_size / global_batch
-        self.samples = len(positions)
-        return sample_ids(cursor, positions, size=dataset_size, seed=self._host.seed)
 
     @property
     def loss_scale(self) -> float:

@@ -1,0 +1,150 @@
+"""Micro-batches of a map-style data set, loaded here or ahead of time by torch's DataLoader workers.
+
+Workers are given the ids of micro-batches to come: of this step, then of the next ones, as far as shares stand. When
+they change, what had been asked for and now falls to another rank is dropped as it arrives, and what is new here is
+asked for first. So a change of shares costs a few loads, and never a sample.
+
+Not here: which micro-batches this rank computes (core/plan.py), iterable data sets.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+#: (step, micro-batch)
+Key = tuple[int, int]
+Collate = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a step's micro-batches come from. ``dataset`` has ``__len__`` and ``__getitem__`` (or ``__getitems__``).
+
+    ``workers`` 0: loaded when needed, in this process. ``prefetch``: micro-batches ahead for each worker.
+    """
+
+    dataset: Any
+    size: int
+    workers: int = 0
+    prefetch: int = 2
+    collate: Collate | None = None
+
+    def is_like(self, other: Source) -> bool:
+        return self.dataset is other.dataset and (self.size, self.workers, self.prefetch, self.collate) == (
+            *(other.size, other.workers, other.prefetch),
+            other.collate,
+        )
+
+
+class DirectLoader:
+    """Loads in this process, when asked."""
+
+    def __init__(self, source: Source, ids_of: Callable[[Key], list[int]]) -> None:
+        self._source, self._ids_of = source, ids_of
+
+    def begin(self, step: int, owned: tuple[int, ...]) -> None:
+        pass
+
+    def take(self, key: Key) -> Any:
+        source = self._source
+        collate = source.collate or default_collate
+        return collate(_fetch(source.dataset, self._ids_of(key)))
+
+
+class PrefetchingLoader:
+    """Loads in worker processes, ahead of time. ``ids_of`` says which samples a micro-batch has."""
+
+    def __init__(self, source: Source, ids_of: Callable[[Key], list[int]]) -> None:
+        self._ids_of = ids_of
+        self._step = 0
+        self._owned: tuple[int, ...] = ()
+        #: Asked for, in the order in which they come; and what came before it was needed.
+        self._asked: deque[Key] = deque()
+        self._ready: dict[Key, Any] = {}
+        self._urgent: deque[Key] = deque()
+        #: The step up to which everything has been asked for, and what is left of it.
+        self._ahead = -1
+        self._rest: deque[Key] = deque()
+        self._loader = DataLoader(
+            source.dataset,
+            batch_sampler=self,
+            num_workers=source.workers,
+            prefetch_factor=source.prefetch,
+            collate_fn=source.collate,
+            generator=torch.Generator(),  # or it would draw from the script's random state
+        )
+        self._batches: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """What is to be loaded next, without an end. torch asks in this process, once for each batch taken."""
+        while True:
+            key = self._next_key()
+            self._asked.append(key)
+            yield self._ids_of(key)
+
+    def begin(self, step: int, owned: tuple[int, ...]) -> None:
+        """The step to come, and what of it (and, for all that is known, of those after it) falls to this rank."""
+        if owned != self._owned:
+            self._owned = owned
+            asked = set(self._asked)
+            self._ready = {key: batch for key, batch in self._ready.items() if key[1] in owned}
+            known = asked | self._ready.keys()
+            # The step that is half asked for begins anew, as do all before it.
+            wanted = [(each, m) for each in range(step, self._ahead + 1) for m in owned]
+            self._urgent = deque(key for key in wanted if key not in known)
+            self._rest.clear()
+        self._step = step
+        self._ready = {key: batch for key, batch in self._ready.items() if key[0] >= step}
+        if self._ahead < step - 1:
+            self._ahead = step - 1
+
+    def take(self, key: Key) -> Any:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        if key not in self._ready and key not in self._asked and key not in self._urgent and key not in self._rest:
+            self._urgent.appendleft(key)  # a step that is done again, or one that was not expected
+        while key not in self._ready:
+            batch = next(self._batches)
+            arrived = self._asked.popleft()
+            if arrived[0] >= self._step and arrived[1] in (*self._owned, key[1]):
+                self._ready[arrived] = batch
+        return self._ready.pop(key)
+
+    def _next_key(self) -> Key:
+        if self._urgent:
+            return self._urgent.popleft()
+        if not self._rest:
+            self._ahead += 1
+            self._rest.extend((self._ahead, m) for m in self._owned)
+        return self._rest.popleft()
+
+
+def make_loader(source: Source, ids_of: Callable[[Key], list[int]]) -> DirectLoader | PrefetchingLoader:
+    return PrefetchingLoader(source, ids_of) if source.workers else DirectLoader(source, ids_of)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Tensors, in tuples, lists and mappings too, on that device; everything else as it is."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def _fetch(dataset: Any, ids: list[int]) -> list[Any]:
+    """As torch's own DataLoader does it."""
+    if hasattr(dataset, "__getitems__"):
+        samples: list[Any] = dataset.__getitems__(ids)
+        return samples
+    return [dataset[each] for each in ids]

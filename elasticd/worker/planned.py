@@ -1,0 +1,184 @@
+"""A step's micro-batches on this rank: which they are, their data, their gradients, their time.
+
+What a micro-batch computes depends on the job's seed, the step and its number in it, and on nothing of the world: its
+samples (data.py) and, where the job has a seed, the random states that dropout and the like draw from.
+
+Not here: the step that they belong to (step.py), how each of these is done (loading.py, gradients.py, exact.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from elasticd.core.plan import positions
+from elasticd.worker.clock import MicroBatchClock
+from elasticd.worker.data import Cursor, sample_ids
+from elasticd.worker.exact import ExactGradients
+from elasticd.worker.gradients import Gradients, MeanGradients, shards, trained
+from elasticd.worker.loading import DirectLoader, Key, PrefetchingLoader, Source, make_loader, to_device
+from elasticd.worker.shares import CurrentShares, Work, as_told
+from elasticd.worker.state import Registered, derive_seed, seed_random
+
+
+class PlannedSteps:
+    """One for each session that says how many micro-batches a step has. Collective to make."""
+
+    def __init__(
+        self,
+        work: Work,
+        *,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        seed: int | None,
+        tell: Callable[[Mapping[str, Any]], None],
+    ) -> None:
+        self._work, self._group, self._device, self._seed = work, group, device, seed
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._shares = CurrentShares(work, group, tell)
+        self._clock = MicroBatchClock(device)
+        self._gradients: Gradients | None = None
+        self._source: Source | None = None
+        self._loader: DirectLoader | PrefetchingLoader | None = None
+        self._anchor = (0, Cursor())
+
+    @property
+    def micro_batches(self) -> int:
+        return self._work.micro_batches
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        return self._shares.plan.shares
+
+    # What the session does between steps.
+
+    def use(self, registered: Registered) -> None:
+        """The model whose gradients are meant. ConfigError when they could not be averaged as asked for."""
+        make = ExactGradients if self._work.exact else MeanGradients
+        self._gradients = make(registered, micro_batches=self.micro_batches, world_size=self._world_size)
+        self._clock.watch(trained(registered))
+        if self._work.balance == "auto":
+            self._shares.balanced = not shards(registered)
+
+    def measure(self) -> int:
+        """Of the time since the last call, as it is told to the others."""
+        return as_told(self._clock.take())
+
+    def decide(self, step: int, told: list[int]) -> None:
+        self._shares.decide(step, told)
+
+    # What a step does.
+
+    def run(self, step: int, cursor: Cursor, source: Source, begun: StepWork) -> Iterator[Any]:
+        """This rank's micro-batches, one at a time, each to be followed by ``begun.backward``."""
+        gradients = self._known_gradients()
+        owned = self._shares.plan.owned[self._rank]
+        todo = owned or (0,)  # a stand-in: as finite as the step is
+        loader = self._loader_of(source, step, cursor)
+        loader.begin(step, todo)
+        gradients.clear(unequal=len(set(self.shares)) > 1)
+        for number, micro_batch in enumerate(todo, start=1):
+            last = number == len(todo)
+            self._clock.begin()
+            batch = to_device(loader.take((step, micro_batch)), self._device)
+            self._seed_for(step, micro_batch)
+            gradients.before(last=last)
+            begun.open(micro_batch, self._ids_of((step, micro_batch)), counts=bool(owned))
+            yield batch
+            begun.check_closed()
+            if last and number == 1:
+                self._clock.end_only()
+            else:
+                self._clock.end(waited=last and not self._work.exact)
+        gradients.finish()
+        begun.done = True
+
+    def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
+        self._known_gradients().backward(loss, counts=counts)
+
+    def mean(self, losses: Mapping[int, torch.Tensor]) -> float:
+        """Collective: over the losses of all micro-batches, added up in their order on every world."""
+        every = torch.zeros(self.micro_batches, dtype=torch.float64)
+        for micro_batch, loss in losses.items():
+            every[micro_batch] = float(loss)
+        if self._group is not None:
+            dist.all_reduce(every, group=self._group)
+        total: float = sum(every.tolist())
+        return total / self.micro_batches
+
+    def _known_gradients(self) -> Gradients:
+        if self._gradients is None:
+            raise RuntimeError(
+                "step.micro_batches needs the model: call session.register(model=..., optimizer=...) first"
+            )
+        return self._gradients
+
+    def _loader_of(self, source: Source, step: int, cursor: Cursor) -> DirectLoader | PrefetchingLoader:
+        """The one that is in use, as long as the data set is the same and the cursor where it was expected."""
+        known = self._source is not None and self._source.is_like(source)
+        if self._loader is None or not known or self._cursor_at(step) != cursor:
+            self._source, self._anchor = source, (step, cursor)
+            self._loader = make_loader(source, self._ids_of)
+        return self._loader
+
+    def _cursor_at(self, step: int) -> Cursor:
+        assert self._source is not None
+        first, cursor = self._anchor
+        samples = (step - first) * self.micro_batches * self._source.size
+        return cursor.advanced(samples, len(self._source.dataset))
+
+    def _ids_of(self, key: Key) -> list[int]:
+        assert self._source is not None
+        step, micro_batch = key
+        source = self._source
+        where = positions(micro_batch, source.size)
+        return sample_ids(self._cursor_at(step), where, size=len(source.dataset), seed=self._seed or 0)
+
+    def _seed_for(self, step: int, micro_batch: int) -> None:
+        if self._seed is not None or self._work.exact:
+            seed_random(derive_seed(self._seed or 0, step, micro_batch, 1))
+
+
+class StepWork:
+    """What a step has done of its micro-batches: each is opened, gets one backward pass, and is closed."""
+
+    def __init__(self, planned: PlannedSteps) -> None:
+        self._planned = planned
+        self._open: int | None = None
+        self._counts = True
+        self.done = False
+        self.sample_ids: list[int] = []
+        self._losses: dict[int, torch.Tensor] = {}
+
+    def open(self, micro_batch: int, ids: list[int], *, counts: bool) -> None:
+        self._open, self._counts = micro_batch, counts
+        if counts:
+            self.sample_ids += ids
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """RuntimeError outside of the loop, or a second time; ValueError when the loss is not one number."""
+        if self._open is None:
+            raise RuntimeError("call step.backward(loss) once for each micro-batch, in the loop over them")
+        if loss.numel() != 1:
+            raise ValueError(f"a loss of shape {tuple(loss.shape)}: give step.backward the mean over the micro-batch")
+        if self._counts:
+            self._losses[self._open] = loss.detach()
+        self._open = None
+        self._planned.backward(loss, counts=self._counts)
+
+    def check_closed(self) -> None:
+        if self._open is not None:
+            raise RuntimeError("a micro-batch had no step.backward(loss): its samples would be missing from the step")
+
+    def check_done(self) -> None:
+        if not self.done:
+            raise RuntimeError(
+                "the loop over step.micro_batches() was left early: samples would be missing from the step"
+            )
+
+    def mean_loss(self) -> float:
+        self.check_done()
+        return self._planned.mean(self._losses)

@@ -1,0 +1,133 @@
+"""How many micro-batches of a step each rank computes, now: measured, exchanged and decided, the same on all ranks.
+
+The measure goes along with the exchange that the ranks have anyway (control.py); with its end every rank has the same
+numbers and takes the same decision (core/balance.py), for the steps from the next one on. Shares are not kept in
+checkpoints: speeds belong to machines, and a new world learns them anew within a few exchanges. What is computed does
+not depend on them.
+
+Not here: the computing (planned.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from elasticd.core.balance import Kept, Rebalanced, Speeds, SpeedUnknown, choose_first, choose_shares, is_measure
+from elasticd.core.plan import make_plan
+from elasticd.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+#: "auto": on where each rank holds the whole model, off where it is sharded (gradients.py says what that would cost).
+Balance = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a job says of its steps. ``micro_batches`` is the same on all ranks; ``at_most`` is this rank's own cap."""
+
+    micro_batches: int
+    at_most: int | None = None
+    balance: Balance = "auto"
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.micro_batches < 1 or (self.at_most is not None and self.at_most < 0):
+            raise ConfigError("micro_batches must be at least 1, and max_micro_batches must not be negative")
+        if self.balance not in ("auto", "on", "off"):
+            raise ConfigError(f"balance is {self.balance!r}: say 'auto', 'on' or 'off'")
+
+
+def make_work(micro_batches: int | None, *, at_most: int | None, balance: Balance, exact: bool) -> Work | None:
+    """None when the script divides its batches itself. ConfigError when that is contradicted."""
+    if micro_batches is not None:
+        return Work(micro_batches=micro_batches, at_most=at_most, balance=balance, exact=exact)
+    if at_most is not None or balance != "auto" or exact:
+        raise ConfigError("max_micro_batches, balance and exact mean nothing without micro_batches: say how many")
+    return None
+
+
+class CurrentShares:
+    """Collective to make: the ranks tell each other their caps. ``group`` None: a world of one.
+
+    ``tell`` gets an event for every change, and for a speed that is none. ConfigError, on all ranks, when they do not
+    mean the same work or cannot hold it.
+    """
+
+    def __init__(self, work: Work, group: dist.ProcessGroup | None, tell: Callable[[Mapping[str, Any]], None]) -> None:
+        self._tell = tell
+        self._caps = _agree(work, group)
+        try:
+            self.plan = make_plan(choose_first(work.micro_batches, self._caps))
+        except ValueError as error:
+            raise ConfigError(f"{error}: raise max_micro_batches, or lower micro_batches") from error
+        world_size = len(self._caps)
+        if work.micro_batches < world_size and dist.get_rank() == 0:
+            log.warning(
+                "elasticd: %d micro-batches for %d ranks: %d of them add nothing to a step",
+                work.micro_batches,
+                world_size,
+                world_size - work.micro_batches,
+            )
+        self._speeds = Speeds(world_size)
+        self._unknown = -1
+        #: Set once the model is known.
+        self.balanced = work.balance == "on"
+
+    def decide(self, step: int, told: list[int]) -> None:
+        """``told``: nanoseconds per micro-batch of each rank, 0 where there was no measure; empty: nothing is new."""
+        if not told or not self.balanced:
+            return
+        self._speeds.add([each * 1e-9 for each in told])
+        decision = choose_shares(self.plan.shares, self._speeds.known(), self._caps)
+        match decision:
+            case Rebalanced():
+                self.plan = make_plan(decision.shares)
+                self._unknown = -1
+                self._tell(
+                    {
+                        "type": "rebalanced",
+                        "step": step,
+                        "shares": list(decision.shares),
+                        "reason": f"rank {decision.rank} ended last",
+                        "before_s": decision.before_s,
+                        "after_s": decision.after_s,
+                        "seconds": self._speeds.known(),
+                    }
+                )
+            case SpeedUnknown():
+                # Not of the first windows, nor again: it would be told with every exchange.
+                if self._speeds.exchanges > 2 and decision.rank != self._unknown:
+                    self._unknown = decision.rank
+                    reason = f"rank {decision.rank} has no measure of its speed"
+                    self._tell({"type": "rebalanced", "step": step, "shares": list(self.plan.shares), "reason": reason})
+            case Kept():
+                pass
+
+
+def as_told(seconds: float) -> int:
+    """A measure as one whole number; 0 for what is none."""
+    return max(1, round(seconds * 1e9)) if is_measure(seconds) else 0
+
+
+def _agree(work: Work, group: dist.ProcessGroup | None) -> list[int]:
+    """The cap of each rank."""
+    own = work.micro_batches if work.at_most is None else min(work.at_most, work.micro_batches)
+    if group is None:
+        return [own]
+    said = torch.zeros(dist.get_world_size(), 4, dtype=torch.int64)
+    said[dist.get_rank()] = torch.tensor([work.micro_batches, own, _BALANCE.index(work.balance), work.exact])
+    dist.all_reduce(said, group=group)
+    counts, caps, balances, exacts = said.T.tolist()
+    if len(set(zip(counts, balances, exacts, strict=True))) > 1:
+        raise ConfigError("micro_batches, balance and exact must be the same on all ranks")
+    return [int(cap) for cap in caps]
+
+
+_BALANCE = ("auto", "on", "off")
