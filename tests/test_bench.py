@@ -8,6 +8,7 @@ import json
 import pytest
 
 from elasticd.bench import __main__ as bench
+from elasticd.bench.balance import BEFORE, SETTLING, percent_missing, read_run
 from elasticd.bench.figures import ELASTICD, TUNED, Figure, Goal, all_hold
 from elasticd.bench.idle import Usage, all_linked, cpu_percent
 from elasticd.bench.jobs import BEST, DEFAULTS, JobShape, TorchrunFlags, TorchrunJob, first_step
@@ -103,6 +104,28 @@ def test_speed_is_that_of_rank_0_after_its_warm_up() -> None:
     assert steps_per_second([*slow_start, *steady, *other], 3) == pytest.approx(100)
     with pytest.raises(ValueError, match="0 steps after step 3"):
         steps_per_second(slow_start, 3)
+
+
+def test_shares_have_settled_when_they_no_longer_differ_by_more_than_one() -> None:
+    """Rank 1 is slowed down after step 6; steps of half a second, and of a quarter once shares are right."""
+    shares = [12] * 10 + [15, 16, 17, 16] + [16] * 15
+    times = [0.5 * step for step in range(10)] + [5.0 + 0.25 * step for step in range(len(shares) - 10)]
+    lines = [
+        {"t": t, "rank": rank, "step": step, "share": share if rank == 0 else 24 - share}
+        for step, (t, share) in enumerate(zip(times, shares, strict=True), start=1)
+        for rank in (1, 0)
+    ]
+    slowed_at = times[BEFORE - 1] + 0.01
+    run = read_run(lines, slowed_at)
+    assert run.settled_after == 10 - BEFORE
+    assert run.steps_per_second == pytest.approx(4)
+    with pytest.raises(ValueError, match="only 12 steps after"):
+        read_run(lines[: 2 * (BEFORE + SETTLING)], slowed_at)
+
+
+def test_what_two_nodes_reach_is_held_against_the_sum_of_both() -> None:
+    assert percent_missing(1.5, [1.0, 0.5]) == 0
+    assert percent_missing(1.0, [1.0, 0.5]) == pytest.approx(100 / 3)
 
 
 def test_a_slower_run_has_lost_and_a_faster_one_has_won() -> None:

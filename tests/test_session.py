@@ -387,7 +387,8 @@ def test_the_loss_curve_does_not_depend_on_the_world(tmp_path: Path, batch: int,
     curves = {}
     for size in (1, *worlds):
         path = tmp_path / f"{size}.jsonl"
-        run_world(size, byte_gpt, "--steps", "8", "--batch", str(batch), "--ledger", str(path))
+        arguments = ("--steps", "8", "--batch", str(batch), "--micro-batches", str(batch), "--ledger", str(path))
+        run_world(size, byte_gpt, *arguments)
         curves[size] = {line["step"]: line["loss"] for line in ledger(path)}
         ids = defaultdict(list)
         for line in sorted(ledger(path), key=lambda line: line["rank"]):
@@ -427,7 +428,8 @@ def test_a_restart_neither_skips_nor_repeats_a_sample(tmp_path: Path) -> None:
     order = sample_ids(Cursor(), range(until * batch), size=size_of_data, seed=1)
     assert sorted(counted) == list(range(1, until + 1))
     for step, ids in counted.items():
-        assert ids == order[(step - 1) * batch : step * batch], f"seed {seed}: step {step}"
+        # Which rank computes which of them is not asked: shares follow speed.
+        assert sorted(ids) == sorted(order[(step - 1) * batch : step * batch]), f"seed {seed}: step {step}"
 
 
 def _library() -> object:

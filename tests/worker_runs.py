@@ -82,6 +82,7 @@ def _become(target: Callable[..., object], arguments: tuple[object, ...], env: d
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    multiprocessing.current_process()._config["daemon"] = False  # it may have children: a DataLoader's workers
     try:
         target(*arguments)
     except Exception:  # noqa: BLE001 - this is the top level of the rank

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -42,8 +43,23 @@ class Commits(Protocol):
     def __call__(self, caller: Caller, round_number: int, step: int, path: str) -> None: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebalancing:
+    """What the workers of a job decided about their shares of a step, and why."""
+
+    round_number: int
+    step: int
+    shares: tuple[int, ...]
+    reason: str
+    before_s: float
+    after_s: float
+
+
 class LocalServer:
-    """``post`` takes events; ``observe`` gets every step message for the metrics; ``commit`` answers by itself."""
+    """``post`` takes events; ``commit`` answers by itself.
+
+    ``observe`` gets every step message for the metrics, and ``rebalanced`` what workers decided about their shares.
+    """
 
     def __init__(
         self,
@@ -51,8 +67,10 @@ class LocalServer:
         post: Callable[[Event], None],
         observe: Callable[[Caller, Message], None],
         commit: Commits,
+        rebalanced: Callable[[Caller, Rebalancing], None],
     ) -> None:
         self._node_id, self._post, self._observe, self._commit = node_id, post, observe, commit
+        self._rebalanced = rebalanced
         self._server: asyncio.Server | None = None
         self._callers: set[Caller] = set()
         self._agent: Caller | None = None
@@ -164,6 +182,8 @@ class LocalServer:
             case "boundary":
                 step = int(message["step"])
                 self._post(messages.BoundaryReached(round_number=number, rank=caller.rank, step=step))
+            case "rebalanced":
+                self._rebalanced(caller, _rebalancing(number, message))
             case "commit":
                 self._commit(caller, number, int(message["step"]), str(message["path"]))
             case other:
@@ -173,6 +193,17 @@ class LocalServer:
 def _make_room(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
+
+
+def _rebalancing(round_number: int, plain: Message) -> Rebalancing:
+    return Rebalancing(
+        round_number=round_number,
+        step=int(plain["step"]),
+        shares=tuple(int(share) for share in plain["shares"]),
+        reason=str(plain["reason"])[:256],
+        before_s=float(plain.get("before_s", 0.0)),
+        after_s=float(plain.get("after_s", 0.0)),
+    )
 
 
 def _failure(node_id: NodeId, plain: Message) -> Failure:

@@ -24,7 +24,7 @@ from elasticd.core.messages import Effect, Event, Report
 from elasticd.core.model import JobId, JobSpec, Node, Round
 from elasticd.core.records import to_plain
 from elasticd.daemon.history import History
-from elasticd.daemon.local import Caller, LocalServer
+from elasticd.daemon.local import Caller, LocalServer, Rebalancing
 from elasticd.daemon.storekeeper import StoreKeeper
 from elasticd.errors import OperatorError
 
@@ -71,7 +71,7 @@ class NodeLoop:
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
         self._parts = contextlib.AsyncExitStack()
-        self.local = LocalServer(setup.node.node_id, self.post, self._observe_step, self._commit)
+        self.local = LocalServer(setup.node.node_id, self.post, self._observe_step, self._commit, self._rebalanced)
 
     async def start(self) -> None:
         """Listens, then registers. OperatorError when it cannot."""
@@ -191,6 +191,13 @@ class NodeLoop:
             metrics=message.get("metrics", {}),
         )
         self._observer.stepped(caller.rank, caller.round_number, message)
+
+    def _rebalanced(self, caller: Caller, what: Rebalancing) -> None:
+        details = (
+            *(("job", caller.job_id), ("round", what.round_number), ("step", what.step), ("shares", list(what.shares))),
+            *(("reason", what.reason), ("before_s", what.before_s), ("after_s", what.after_s)),
+        )
+        self._report(Report(event="rebalanced", details=details), time.monotonic())
 
     def _commit(self, caller: Caller, round_number: int, step: int, path: str) -> None:
         """The record of a checkpoint, under the fence of the round that wrote it."""

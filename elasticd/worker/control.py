@@ -42,7 +42,7 @@ class Control:
         self._begun = 0
         self.told: list[int] = []
         self._next_exchange = 0
-        self._last_exchange: tuple[int, float] | None = None  # (step, when)
+        self._last_exchange: tuple[int, float] | None = None  # (step, when it began)
 
     def start(self, step: int, *, stop_wanted: bool, due: bool, own: Callable[[], int] = lambda: 0) -> None:
         """``due``: an exchange must be had, whatever the time. The same on all ranks, as ``step`` is.
@@ -55,6 +55,7 @@ class Control:
             self._said[0] = stop_wanted
         elif due or step >= self._next_exchange:
             said = [stop_wanted, self._step_us(step), step, -step, self._begun, -self._begun]
+            self._last_exchange = (step, time.monotonic())
             # A new tensor each time: the exchange of a step that was given up may still be under way.
             self._said = torch.zeros(_AGREED + self._world_size, dtype=torch.int64)
             self._said[:_AGREED] = torch.tensor(said, dtype=torch.int64)
@@ -83,7 +84,6 @@ class Control:
                 "tried again on some of them only"
             )
         self._next_exchange = step + max(1, min(MAX_STEPS_APART, int(1e6 * EXCHANGE_EVERY_S) // max(1, step_us)))
-        self._last_exchange = (step, time.monotonic())
         return bool(stop_wanted), blocked_s
 
     def _step_us(self, step: int) -> int:

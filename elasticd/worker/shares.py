@@ -98,7 +98,6 @@ class CurrentShares:
                         "reason": f"rank {decision.rank} ended last",
                         "before_s": decision.before_s,
                         "after_s": decision.after_s,
-                        "seconds": self._speeds.known(),
                     }
                 )
             case SpeedUnknown():

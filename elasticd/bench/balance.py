@@ -1,0 +1,163 @@
+"""Two nodes, one of which slows down to half its CPU: how much of what both can do is reached, and how soon.
+
+The same training (balance_train.py) four times: on the fast node alone, on the slow one alone, on both by a Session,
+and on both by plain DDP, which divides a step equally. A sample is what is missing to the sum of the two alone, in per
+cent. On both, the slow node is held back by its control group once some steps are done: how many steps it takes until
+shares have settled is counted from there, and the speed is that of the steps afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import elasticd.bench
+from elasticd.bench.figures import ELASTICD, Figure, Goal
+from elasticd.bench.options import Options
+from elasticd.errors import ElasticdError
+from elasticd.testing.history import Tail
+from elasticd.testing.hosts import Host, Hosts, open_hosts
+
+SCRIPT = Path(elasticd.bench.__file__).with_name("balance_train.py")
+PLAIN = "plain DDP"
+FAST, SLOW = 1.0, 0.5
+MICRO_BATCHES = 24
+STEPS, QUICK_STEPS = 40, 15
+#: Done before a node is slowed down, and left out of the speed afterwards, whatever happens in them.
+BEFORE, SETTLING = 6, 12
+PORT = 29511
+RUN_TIMEOUT_S = 240.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """``steps_per_second`` once shares should have settled; ``settled_after``: the steps that they took to."""
+
+    steps_per_second: float
+    settled_after: int
+
+
+def percent_missing(reached: float, alone: Sequence[float]) -> float:
+    """What of the sum of all alone is not reached, in per cent. Pure."""
+    return 100 * (1 - reached / sum(alone))
+
+
+def read_run(lines: Sequence[dict[str, Any]], slowed_at: float) -> Run:
+    """From rank 0's lines, for a node that was slowed down at that time. Pure.
+
+    ValueError when there are too few steps. Shares that differ by one from those at the end have settled: between two
+    that are equally good, chance decides.
+    """
+    own = sorted((line for line in lines if line["rank"] == 0), key=lambda line: line["step"])
+    after = [line for line in own if line["t"] > slowed_at]
+    judged = after[SETTLING:]
+    if len(judged) < 2:
+        raise ValueError(f"only {len(after)} steps after the node was slowed down")
+    away = [number for number, line in enumerate(after, start=1) if abs(line["share"] - after[-1]["share"]) > 1]
+    speed = (len(judged) - 1) / (judged[-1]["t"] - judged[0]["t"])
+    return Run(steps_per_second=speed, settled_after=max(away, default=0))
+
+
+def measure(options: Options) -> list[Figure]:
+    steps = BEFORE + SETTLING + (QUICK_STEPS if options.quick else STEPS)
+    missing: dict[str, list[float]] = {ELASTICD: [], PLAIN: []}
+    settled: list[float] = []
+    for _ in range(options.ours(3)):
+        alone = [run("session", (fraction,), steps).steps_per_second for fraction in (FAST, SLOW)]
+        for system, way in ((ELASTICD, "session"), (PLAIN, "plain")):
+            both = run(way, (FAST, SLOW), steps)
+            missing[system].append(percent_missing(both.steps_per_second, alone))
+            if system == ELASTICD:
+                settled.append(float(both.settled_after))
+        told = ", ".join(f"{system} {values[-1]:.1f} % missing" for system, values in missing.items())
+        options.say(f"alone {alone[0]:.2f} and {alone[1]:.2f} steps/s; {told}; settled in {settled[-1]:.0f} steps")
+    figure = partial(Figure, experiment="balance")
+    what = "two nodes, one at half speed: missing to the sum of both"
+    return [
+        figure(what=what, system=ELASTICD, unit="%", samples=tuple(missing[ELASTICD]), goal=Goal(at_most=3.0)),
+        figure(what=what, system=PLAIN, unit="%", samples=tuple(missing[PLAIN])),
+        figure(
+            what="a node slows down: until shares have settled",
+            system=ELASTICD,
+            unit="steps",
+            samples=tuple(settled),
+            goal=Goal(at_most=10, of="max"),
+        ),
+    ]
+
+
+def run(way: str, fractions: Sequence[float], steps: int) -> Run:
+    """One rank on each node; those with a fraction below one are slowed down once the first steps are done."""
+    folder = Path(tempfile.mkdtemp(prefix="balance-bench-"))
+    try:
+        with open_hosts() as hosts:
+            return _run_on(hosts, folder, way, fractions, steps)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_on(hosts: Hosts, folder: Path, way: str, fractions: Sequence[float], steps: int) -> Run:
+    nodes = [hosts.add(f"node{rank}") for rank in range(len(fractions))]
+    ledger, tail = folder / "ledger.jsonl", Tail()
+    processes = []
+    for rank, node in enumerate(nodes):
+        command = [
+            *(sys.executable, str(SCRIPT), "--way", way, "--steps", str(steps)),
+            *("--micro-batches", str(MICRO_BATCHES), "--ledger", str(ledger)),
+        ]
+        env = _environment(nodes[0], node, rank, len(nodes))
+        processes.append(node.spawn(command, log=folder / f"{rank}.log", env=env))
+    try:
+        deadline = time.monotonic() + RUN_TIMEOUT_S
+        lines: list[dict[str, Any]] = []
+        while len([line for line in lines if line["rank"] == 0]) < BEFORE:
+            _check(processes, folder, deadline)
+            time.sleep(0.01)
+            lines += tail.read([ledger])
+        for node, fraction in zip(nodes, fractions, strict=True):
+            if fraction < 1:
+                node.slow(fraction)
+        slowed_at = time.monotonic()
+        for process in processes:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        _check(processes, folder, deadline)
+    except subprocess.TimeoutExpired as error:
+        raise ElasticdError(f"{way} on {len(nodes)} nodes did not end in {RUN_TIMEOUT_S:g} s") from error
+    finally:
+        for node, process in zip(nodes, processes, strict=True):
+            node.kill()
+            process.wait()
+    return read_run([*lines, *tail.read([ledger])], slowed_at)
+
+
+def _check(processes: Sequence[subprocess.Popen[bytes]], folder: Path, deadline: float) -> None:
+    """ElasticdError when a rank has failed, or time is up."""
+    for rank, process in enumerate(processes):
+        if process.poll():
+            log = (folder / f"{rank}.log").read_text(errors="replace")
+            raise ElasticdError(f"rank {rank} ended with status {process.returncode}\n{log[-4000:]}")
+    if time.monotonic() > deadline:
+        raise ElasticdError(f"no steps in {RUN_TIMEOUT_S:g} s")
+
+
+def _environment(first: Host, node: Host, rank: int, world_size: int) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("ELASTICD_", "TORCHELASTIC_"))}
+    return {
+        **clean,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": node.interface,
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": first.address,
+        "MASTER_PORT": str(PORT),
+    }

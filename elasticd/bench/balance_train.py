@@ -1,0 +1,77 @@
+"""One rank of the training that balance.py measures: the byte GPT, by a Session or by plain DDP.
+
+Both compute the same micro-batches of the same size, and exchange gradients once a step; plain DDP divides them
+equally. A line for each completed step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from elasticd import Session
+from elasticd.examples.byte_gpt import ByteGPT, StandardLibrary, loss_of
+
+LENGTH, SIZE, SEED = 64, 2, 1
+Note = Callable[[int, int, int], None]
+
+
+def by_session(micro_batches: int, steps: int, note: Note) -> None:
+    with Session(micro_batches=micro_batches, seed=SEED) as session:
+        data = StandardLibrary(LENGTH)
+        model = DistributedDataParallel(ByteGPT(length=LENGTH))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        session.register(model=model, optimizer=optimizer)
+        for step in session.steps(until=steps):
+            with step:
+                for inputs, targets in step.micro_batches(data, size=SIZE):
+                    step.backward(loss_of(model(inputs), targets))
+                optimizer.step()
+            note(session.rank, session.step, len(step.sample_ids) // SIZE)
+
+
+def by_plain_ddp(micro_batches: int, steps: int, note: Note) -> None:
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    data = StandardLibrary(LENGTH)
+    model = DistributedDataParallel(ByteGPT(length=LENGTH))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    share = micro_batches // world_size
+    for step in range(steps):
+        optimizer.zero_grad()
+        for number in range(share):
+            first = ((step * micro_batches + rank * share + number) * SIZE) % (len(data) - SIZE)
+            inputs, targets = (torch.stack(part) for part in zip(*(data[first + k] for k in range(SIZE)), strict=True))
+            with nullcontext() if number == share - 1 else model.no_sync():
+                (loss_of(model(inputs), targets) / share).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        note(rank, step + 1, share)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--way", choices=["session", "plain"], required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--micro-batches", type=int, required=True)
+    parser.add_argument("--ledger", type=Path, required=True)
+    asked = parser.parse_args()
+    with asked.ledger.open("a", buffering=1) as ledger:
+
+        def note(rank: int, step: int, share: int) -> None:
+            line = {"t": time.monotonic(), "rank": rank, "step": step, "share": share}
+            ledger.write(json.dumps(line) + "\n")
+
+        way = by_session if asked.way == "session" else by_plain_ddp
+        way(asked.micro_batches, asked.steps, note)
+
+
+if __name__ == "__main__":
+    main()
