@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -182,6 +183,25 @@ def test_an_orderly_shutdown_leaves_the_job(endpoint: str, tmp_path: Path) -> No
             i.loop.post(ShutdownRequested())
             await eventually(lambda: j.seats() == ["j"])
             await asyncio.wait_for(i.loop.finished, 5)
+
+    asyncio.run(scenario())
+
+
+def test_what_workers_decide_about_their_shares_is_in_the_history(endpoint: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with hosts(endpoint, tmp_path, "l", job("shares")) as (node,):
+            await eventually(lambda: node.seats() == ["l"])
+            _, writer = await asyncio.open_unix_connection(str(node.setup.socket_path))
+            number = node.agent.rounds[-1][1]["number"]
+            writer.write(encode({"type": "worker_hello", "job": "shares", "round": number, "rank": 0}))
+            said = {"step": 7, "shares": [6, 2], "reason": "rank 1 ended last", "before_s": 0.4, "after_s": 0.2}
+            writer.write(encode({"type": "rebalanced", "round": number, **said}))
+            await eventually(lambda: "rebalanced" in Path(node.setup.history_file).read_text())
+            lines = [json.loads(line) for line in Path(node.setup.history_file).read_text().splitlines()]
+            (found,) = [line for line in lines if line["event"] == "rebalanced"]
+            assert {name: found[name] for name in said} == said
+            assert (found["job"], found["round"]) == ("shares", number)
+            writer.close()
 
     asyncio.run(scenario())
 

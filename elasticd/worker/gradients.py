@@ -52,11 +52,8 @@ class MeanGradients:
         self._scale = world_size / micro_batches
         self._whole = False
         self._replicas, self._shards = replicas(registered), shards(registered)
-        if world_size > 1 and not (self._replicas or self._shards or _is_distributed(registered)):
-            raise ConfigError(
-                "nothing averages the gradients of this model over its ranks: wrap it in DistributedDataParallel, "
-                "or in fully_shard, before session.register()"
-            )
+        if world_size > 1:
+            self._check_layout(trained(registered), world_size)
 
     def clear(self, *, unequal: bool) -> None:
         self._zero.zero_grad()
@@ -79,6 +76,23 @@ class MeanGradients:
     def finish(self) -> None:
         pass
 
+    def _check_layout(self, model: torch.nn.Module, world_size: int) -> None:
+        """Every rank is to compute micro-batches of its own, and gradients are to be averaged over all of them."""
+        if not (self._replicas or self._shards):
+            raise ConfigError(
+                "nothing averages the gradients of this model over its ranks: wrap it in DistributedDataParallel, "
+                "or in fully_shard, before session.register()"
+            )
+        for name, each in model.named_parameters():
+            if isinstance(each, DTensor):
+                split = sum(placement.is_shard() for placement in each.placements)
+                if split > 1 or each.device_mesh.size() != world_size:
+                    raise ConfigError(
+                        f"parameter {name} is laid out for ranks that compute the same samples (tensor parallel), or "
+                        "for a part of the world: step.micro_batches gives each rank samples of its own; "
+                        "use step.batch_indices"
+                    )
+
 
 def trained(registered: Registered) -> torch.nn.Module:
     """RuntimeError when no model was registered."""
@@ -93,7 +107,3 @@ def replicas(registered: Registered) -> list[DistributedDataParallel]:
 
 def shards(registered: Registered) -> list[FSDPModule]:
     return [module for module in trained(registered).modules() if isinstance(module, FSDPModule)]
-
-
-def _is_distributed(registered: Registered) -> bool:
-    return any(isinstance(each, DTensor) for each in trained(registered).parameters())
