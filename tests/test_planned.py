@@ -23,6 +23,7 @@ from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from worker_runs import FakeDaemon, ledger, run_world, world
@@ -172,13 +173,14 @@ def test_without_exact_mode_the_bits_differ(tmp_path: Path) -> None:
     assert bits(30, [8], exact=False) != bits(30, [1, 2, 5], exact=False)
 
 
-def train_sharded(caps: list[int]) -> None:
-    """Run by a rank: FSDP2; prints the whole weights."""
+def train_sharded(caps: list[int], replicas: int) -> None:
+    """Run by a rank: FSDP2, or HSDP with several replicas; prints the whole weights."""
     with Session(micro_batches=COUNT, max_micro_batches=caps[int(os.environ["RANK"])], seed=SEED) as session:
         model = small()
-        for layer in (model[0], model[3]):
-            fully_shard(layer)
-        fully_shard(model)
+        dims = (session.world_size,) if replicas == 1 else (replicas, session.world_size // replicas)
+        mesh = init_device_mesh("cpu", dims)
+        for layer in (model[0], model[3], model):
+            fully_shard(layer, mesh=mesh)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         session.register(model=model, optimizer=optimizer)
         for step in session.steps(until=20):
@@ -190,7 +192,10 @@ def train_sharded(caps: list[int]) -> None:
 
 
 def test_a_sharded_model_takes_unequal_shares_too() -> None:
-    ends = [torch.tensor(flat(json.loads(run_world(len(c), train_sharded, c)[0]))) for c in ([8], [4, 4], [6, 2])]
+    ends = []
+    for caps, replicas in (([8], 1), ([4, 4], 1), ([6, 2], 1), ([2, 2, 2, 2], 2), ([4, 1, 1, 2], 2)):
+        (first, *_) = run_world(len(caps), train_sharded, caps, replicas)
+        ends.append(torch.tensor(flat(json.loads(first))))
     for other in ends[1:]:
         torch.testing.assert_close(other, ends[0], rtol=1e-4, atol=1e-5)
 
@@ -298,7 +303,7 @@ def test_batches_are_right_whatever_the_shares_become_and_however_often_a_step_i
         asked.append(key)
         return [key[0] * 10 + key[1]]
 
-    loader = PrefetchingLoader(Source(dataset=Ids(), size=1, workers=1, prefetch=3), ids_of)
+    loader = PrefetchingLoader(Source(dataset=Ids(), length=1000, size=1, workers=1, prefetch=3), ids_of)
     owned = [(0, 1, 2)] * 4 + [(0, 1, 2, 5)] * 3 + [(1,)] * 3 + [(0, 1, 2, 3, 4, 5)] * 4
     for step, mine in enumerate(owned):
         for attempt in range(2 if step in (2, 5) else 1):

@@ -14,7 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from elasticd.bench import balance, idle, join, node_kill, overhead, rendezvous, restart, silent_loss, store_node_kill
+from elasticd.bench import (
+    balance,
+    idle,
+    join,
+    node_kill,
+    overhead,
+    rendezvous,
+    restart,
+    session_cost,
+    silent_loss,
+    store_node_kill,
+)
 from elasticd.bench.figures import ELASTICD, Figure, Goal, all_hold
 from elasticd.bench.machine import describe_machine
 from elasticd.bench.options import Options
@@ -25,7 +36,18 @@ OUT = Path("out/bench.json")
 
 EXPERIMENTS: dict[str, Callable[[Options], list[Figure]]] = {
     module.__name__.rpartition(".")[2]: module.measure
-    for module in (node_kill, store_node_kill, silent_loss, join, restart, rendezvous, idle, overhead, balance)
+    for module in (
+        node_kill,
+        store_node_kill,
+        silent_loss,
+        join,
+        restart,
+        rendezvous,
+        idle,
+        overhead,
+        session_cost,
+        balance,
+    )
 }
 
 

@@ -1,6 +1,6 @@
-"""One rank of the training that balance.py measures: the byte GPT, by a Session or by plain DDP.
+"""One rank of the training that balance.py and session_cost.py measure: the byte GPT, by a Session or by plain DDP.
 
-Both compute the same micro-batches of the same size, and exchange gradients once a step; plain DDP divides them
+All compute the same micro-batches of the same size, and exchange gradients once a step; plain DDP divides them
 equally. A line for each completed step.
 """
 
@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ LENGTH, SIZE, SEED = 64, 2, 1
 Note = Callable[[int, int, int], None]
 
 
-def by_session(micro_batches: int, steps: int, note: Note) -> None:
-    with Session(micro_batches=micro_batches, seed=SEED) as session:
+def by_session(micro_batches: int, steps: int, note: Note, *, exact: bool = False) -> None:
+    with Session(micro_batches=micro_batches, exact=exact, seed=SEED) as session:
         data = StandardLibrary(LENGTH)
         model = DistributedDataParallel(ByteGPT(length=LENGTH))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -56,9 +57,16 @@ def by_plain_ddp(micro_batches: int, steps: int, note: Note) -> None:
         note(rank, step + 1, share)
 
 
+WAYS: dict[str, Callable[[int, int, Note], None]] = {
+    "session": by_session,
+    "exact": partial(by_session, exact=True),
+    "plain": by_plain_ddp,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--way", choices=["session", "plain"], required=True)
+    parser.add_argument("--way", choices=list(WAYS), required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--micro-batches", type=int, required=True)
     parser.add_argument("--ledger", type=Path, required=True)
@@ -69,8 +77,7 @@ def main() -> None:
             line = {"t": time.monotonic(), "rank": rank, "step": step, "share": share}
             ledger.write(json.dumps(line) + "\n")
 
-        way = by_session if asked.way == "session" else by_plain_ddp
-        way(asked.micro_batches, asked.steps, note)
+        WAYS[asked.way](asked.micro_batches, asked.steps, note)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,20 +26,19 @@ Collate = Callable[[list[Any]], Any]
 class Source:
     """Where a step's micro-batches come from. ``dataset`` has ``__len__`` and ``__getitem__`` (or ``__getitems__``).
 
-    ``workers`` 0: loaded when needed, in this process. ``prefetch``: micro-batches ahead for each worker.
+    ``length``: of the data set, when this was made. ``workers`` 0: loaded when needed, in this process. ``prefetch``:
+    micro-batches ahead for each worker.
     """
 
     dataset: Any
+    length: int
     size: int
     workers: int = 0
     prefetch: int = 2
     collate: Collate | None = None
 
     def is_like(self, other: Source) -> bool:
-        return self.dataset is other.dataset and (self.size, self.workers, self.prefetch, self.collate) == (
-            *(other.size, other.workers, other.prefetch),
-            other.collate,
-        )
+        return self.dataset is other.dataset and replace(self, dataset=None) == replace(other, dataset=None)
 
 
 class DirectLoader:

@@ -70,6 +70,10 @@ class PlannedSteps:
     def decide(self, step: int, told: list[int]) -> None:
         self._shares.decide(step, told)
 
+    def close(self) -> None:
+        """Workers that load ahead end."""
+        self._loader = None
+
     # What a step does.
 
     def run(self, step: int, cursor: Cursor, source: Source, begun: StepWork) -> Iterator[Any]:
@@ -128,14 +132,14 @@ class PlannedSteps:
         assert self._source is not None
         first, cursor = self._anchor
         samples = (step - first) * self.micro_batches * self._source.size
-        return cursor.advanced(samples, len(self._source.dataset))
+        return cursor.advanced(samples, self._source.length)
 
     def _ids_of(self, key: Key) -> list[int]:
         assert self._source is not None
         step, micro_batch = key
         source = self._source
         where = positions(micro_batch, source.size)
-        return sample_ids(self._cursor_at(step), where, size=len(source.dataset), seed=self._seed or 0)
+        return sample_ids(self._cursor_at(step), where, size=source.length, seed=self._seed or 0)
 
     def _seed_for(self, step: int, micro_batch: int) -> None:
         """torch.manual_seed would take 0.1 ms, for devices that are not in use."""

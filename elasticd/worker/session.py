@@ -230,6 +230,8 @@ class Session:
 
     def close(self) -> None:
         """Send the last reports, and leave the process groups that were made here."""
+        if self.planned is not None:
+            self.planned.close()
         if self._link is not None:
             self._link.close()
         if self._made_world and dist.is_initialized():

@@ -112,9 +112,10 @@ class Step:
             raise RuntimeError("loop over step.micro_batches() once in each step, inside 'with step:'")
         if size < 1 or workers < 0 or prefetch < 1:
             raise ValueError("a micro-batch has at least 1 sample, workers are not negative, and prefetch at least 1")
-        self._advance(len(dataset), planned.micro_batches * size)
+        length = len(dataset)
+        self._advance(length, planned.micro_batches * size)
         self._work = StepWork(planned)
-        source = Source(dataset=dataset, size=size, workers=workers, prefetch=prefetch, collate=collate)
+        source = Source(dataset=dataset, length=length, size=size, workers=workers, prefetch=prefetch, collate=collate)
         return planned.run(self.index, self._host.cursor, source, self._work)
 
     def backward(self, loss: torch.Tensor) -> None:
