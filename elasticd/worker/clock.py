@@ -60,9 +60,8 @@ class MicroBatchClock:
 
     def watch(self, model: torch.nn.Module) -> None:
         """Notice the end of each backward pass through the model."""
-        first = next((each for each in model.parameters() if each.requires_grad), None)
-        if first is not None:
-            first.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+        for parameter in reached_last(model):
+            parameter.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
         self._gradient = None
@@ -94,3 +93,8 @@ class MicroBatchClock:
 
     def _on_gradient(self, _: torch.Tensor) -> None:
         self._gradient = self._mark()
+
+
+def reached_last(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameter whose gradient a backward pass most likely computes last: the first one. None in a frozen model."""
+    return [each for each in model.parameters() if each.requires_grad][:1]

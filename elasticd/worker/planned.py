@@ -44,6 +44,7 @@ class PlannedSteps:
         self._source: Source | None = None
         self._loader: DirectLoader | PrefetchingLoader | None = None
         self._anchor = (0, Cursor())
+        self._last_ids: tuple[Key, list[int]] = (-1, -1), []
 
     @property
     def micro_batches(self) -> int:
@@ -125,6 +126,7 @@ class PlannedSteps:
         known = self._source is not None and self._source.is_like(source)
         if self._loader is None or not known or self._cursor_at(step) != cursor:
             self._source, self._anchor = source, (step, cursor)
+            self._last_ids = (-1, -1), []
             self._loader = make_loader(source, self._ids_of)
         return self._loader
 
@@ -137,9 +139,11 @@ class PlannedSteps:
     def _ids_of(self, key: Key) -> list[int]:
         assert self._source is not None
         step, micro_batch = key
-        source = self._source
-        where = positions(micro_batch, source.size)
-        return sample_ids(self._cursor_at(step), where, size=source.length, seed=self._seed or 0)
+        if self._last_ids[0] != key:  # asked for twice in a row: to load them, and to record them
+            where = positions(micro_batch, self._source.size)
+            length, seed = self._source.length, self._seed or 0
+            self._last_ids = key, sample_ids(self._cursor_at(step), where, size=length, seed=seed)
+        return self._last_ids[1]
 
     def _seed_for(self, step: int, micro_batch: int) -> None:
         """torch.manual_seed would take 0.1 ms, for devices that are not in use."""

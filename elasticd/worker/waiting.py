@@ -9,6 +9,7 @@ Not here: the wait at the end of the step (control.py), which is added to it.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ class GradientWait:
         self._last_gradient_at = 0.0
         self._waited_s = 0.0
 
-    def attach(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        for parameter in model.parameters():
+    def attach(self, parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        for parameter in parameters:
             if parameter.requires_grad:
                 parameter.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
         optimizer.register_step_pre_hook(self._on_optimizer)
