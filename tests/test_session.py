@@ -402,17 +402,23 @@ def test_the_loss_curve_does_not_depend_on_the_world(tmp_path: Path, batch: int,
 
 
 def test_a_restart_neither_skips_nor_repeats_a_sample(tmp_path: Path) -> None:
-    """Kills by SIGKILL at seeded points, each restart with another world size; then every sample of every step, once."""
+    """Kills by SIGKILL at seeded points, each restart with another world size; then every sample of every step, once.
+
+    In exact mode: the weights have the bits of a run that nobody disturbed, on a world of one.
+    """
     seed, until, batch = 20, 30, 12
+    (undisturbed,) = run_world(1, byte_gpt, "--steps", str(until), "--batch", str(batch), "--exact")
     moment = random.Random(seed)
     directory, attempts = tmp_path / "checkpoints", []
     for number, size in enumerate((2, 3, 1, 3, 2)):
         path = tmp_path / f"{number}.jsonl"
-        arguments = ("--steps", str(until), "--batch", str(batch), "--save-every", "3", "--ledger", str(path))
+        arguments = ("--steps", str(until), "--batch", str(batch), "--save-every", "3", "--ledger", str(path), "--exact")
         restored = max(storage.complete_steps(directory), default=0) if directory.exists() else 0
         with world(size, byte_gpt, *arguments, "--checkpoint-dir", str(directory)) as ranks:
             if size == 2 and number:  # the last one
                 assert [rank.wait() for rank in ranks] == [0] * size, ranks[0].output
+                assert ranks[0].output.splitlines()[-1] == undisturbed.splitlines()[-1]
+                assert undisturbed.splitlines()[-1].startswith("weights ")
             else:
                 enough = moment.randint(1, 7) * size
                 eventually(lambda: len(ledger(path)) >= enough, 60, f"{enough} lines of attempt {number}")

@@ -11,6 +11,7 @@ weights have the same bits.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sysconfig
@@ -116,6 +117,16 @@ def train(arguments: argparse.Namespace) -> None:
             record(ledger, session, step.sample_ids, loss)
             if session.rank == 0 and session.step % arguments.print_every == 0:
                 print(f"step {session.step} world {session.world_size} loss {loss:.4f}", flush=True)
+        if arguments.exact and session.rank == 0:
+            print(f"weights {fingerprint(model.module)}", flush=True)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The SHA-256 of all parameters."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def open_ledger(path: str | None) -> TextIO:
@@ -143,7 +154,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12, help="sequences in the global batch")
     parser.add_argument("--micro-batches", type=int, default=6, help="of them a step; --batch is a multiple of this")
     parser.add_argument("--balance", default="auto", choices=["auto", "on", "off"], help="shares follow speed")
-    parser.add_argument("--exact", action="store_true", help="sum gradients in fixed point: the same bits on any world")
+    parser.add_argument("--exact", action="store_true", help="the same bits on any world; prints a hash at the end")
     parser.add_argument("--length", type=int, default=64, help="bytes in a sequence")
     parser.add_argument("--width", type=int, default=128, help="width of the model")
     parser.add_argument("--seed", type=int, default=1)
