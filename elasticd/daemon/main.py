@@ -157,8 +157,15 @@ def _handle_signals(loop: NodeLoop, *, orderly: bool) -> None:
         seen.append(number)
         loop.post(messages.ShutdownRequested(at_once=at_once))
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in _signals_to_handle():
         running.add_signal_handler(number, stop, number)
+
+
+def _signals_to_handle() -> set[signal.Signals]:
+    """torchrun's own variable (--signals-to-handle); names that this system does not know are left out, as there."""
+    names = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT").split(",")
+    catchable = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    return {number for number in catchable if isinstance(number, signal.Signals) and number.name in names}
 
 
 async def _feed_watchdog() -> None:
