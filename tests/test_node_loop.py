@@ -51,15 +51,15 @@ class Agent:
         reader, self.writer = await asyncio.open_unix_connection(str(self.path))
         self.say({"type": "agent_hello", "job": job_id, "pid": 1})
         self.say({"type": "ready", "store_port": next(self.ports), "nproc": 1})
-        while line := await reader.readline():
-            message = decode(line)
-            if message["type"] == "round":
-                self.rounds.append((time.monotonic(), message["round"]))
-                self.say({"type": "workers_started", "round": message["round"]["number"], "pids": []})
-                self.say({"type": "ready", "store_port": next(self.ports), "nproc": 1})
-            elif message["type"] == "exit":
-                self.writer.close()
-                return
+        with contextlib.closing(self.writer):
+            while line := await reader.readline():
+                message = decode(line)
+                if message["type"] == "round":
+                    self.rounds.append((time.monotonic(), message["round"]))
+                    self.say({"type": "workers_started", "round": message["round"]["number"], "pids": []})
+                    self.say({"type": "ready", "store_port": next(self.ports), "nproc": 1})
+                elif message["type"] == "exit":
+                    return
 
 
 class Host:
@@ -193,7 +193,7 @@ def test_a_malformed_message_closes_only_its_connection(endpoint: str, tmp_path:
             for noise in (b"nonsense\n", b'{"type":"ready"}\n', b'{"type":"worker_hello"}\n', b"x" * 300_000):
                 reader, writer = await asyncio.open_unix_connection(str(k.setup.socket_path))
                 writer.write(noise)
-                with contextlib.suppress(ConnectionError):
+                with contextlib.suppress(ConnectionError), contextlib.closing(writer):
                     assert await reader.read() == b""
             assert oct(k.setup.socket_path.stat().st_mode & 0o777) == "0o600"
             assert not k.loop.finished.done()
