@@ -7,6 +7,7 @@ parts do.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import platform
@@ -194,16 +195,30 @@ def _explain_end(loop: NodeLoop) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
+class _JsonLines(logging.Formatter):
+    """One object a line, whatever the message holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
 def configure_logging(level: str = "", *, as_json: bool = False, world_changes: bool = False) -> None:
     """Standard logging, since torch and grpc log there; JSON lines for log collectors.
 
     ``world_changes``: a change of the world is told at any level, since a person watches.
     """
-    form = (
-        '{"time":"%(asctime)s","level":"%(levelname)s","logger":"%(name)s","message":"%(message)s"}'
-        if as_json
-        else "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s")
     )
-    logging.basicConfig(level=level or os.environ.get("ELASTICD_LOG_LEVEL", "INFO"), format=form, stream=sys.stderr)
+    logging.basicConfig(level=level or os.environ.get("ELASTICD_LOG_LEVEL", "INFO"), handlers=[handler])
     if world_changes:
         world_log.setLevel(logging.INFO)
