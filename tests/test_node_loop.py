@@ -226,7 +226,7 @@ def test_a_socket_of_a_living_daemon_is_not_taken(endpoint: str, tmp_path: Path)
             _, writer = await asyncio.open_unix_connection(str(first.setup.socket_path))
             writer.close()
         assert first.setup.socket_path.exists()  # left behind, as by a daemon that was killed
-        heir = LocalServer(NodeId("l"), lambda _event: None, lambda *_: None, lambda *_: None)
+        heir = LocalServer(NodeId("l"), lambda _event: None, lambda *_: None, lambda *_: None, lambda *_: None)
         await heir.listen(first.setup.socket_path)
         await heir.close()
 
