@@ -178,7 +178,7 @@ def train_sharded(caps: list[int], replicas: int) -> None:
     with Session(micro_batches=COUNT, max_micro_batches=caps[int(os.environ["RANK"])], seed=SEED) as session:
         model = small()
         dims = (session.world_size,) if replicas == 1 else (replicas, session.world_size // replicas)
-        mesh = init_device_mesh("cpu", dims)
+        mesh = init_device_mesh("cpu", dims, mesh_dim_names=("replicate", "shard")[-len(dims) :])
         for layer in (model[0], model[3], model):
             fully_shard(layer, mesh=mesh)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -206,10 +206,11 @@ def train_with_a_fault(until: int, faulty: bool) -> None:
         model = DistributedDataParallel(small(dropout=0.2))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         session.register(model=model, optimizer=optimizer)
+        data = Points()
         for step in session.steps(until=until):
             try:
                 with step:
-                    loader = step.micro_batches(Points(), size=2, workers=1)
+                    loader = step.micro_batches(data, size=2, workers=1)
                     for number, (inputs, targets) in enumerate(loader):
                         step.backward((model(inputs) - targets).square().mean())
                         if faulty and step.index == 3 and number == 1:

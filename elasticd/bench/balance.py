@@ -31,7 +31,7 @@ SCRIPT = Path(elasticd.bench.__file__).with_name("balance_train.py")
 PLAIN = "plain DDP"
 FAST, SLOW = 1.0, 0.5
 MICRO_BATCHES = 24
-STEPS, QUICK_STEPS = 40, 15
+STEPS, QUICK_STEPS = 25, 12
 #: Done before a node is slowed down, and left out of the speed afterwards, whatever happens in them.
 BEFORE, SETTLING = 6, 12
 PORT = 29511

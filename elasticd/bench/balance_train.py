@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elasticd import Session
 from elasticd.examples.byte_gpt import ByteGPT, StandardLibrary, loss_of
+from elasticd.torch_defects import keep_destroyed_groups
 
-LENGTH, SIZE, SEED = 64, 2, 1
+LENGTH, SIZE, SEED = 64, 6, 1
 Note = Callable[[int, int, int], None]
 
 
@@ -55,6 +56,8 @@ def by_plain_ddp(micro_batches: int, steps: int, note: Note) -> None:
                 (loss_of(model(inputs), targets) / share).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         note(rank, step + 1, share)
+    keep_destroyed_groups()
+    dist.destroy_process_group()
 
 
 WAYS: dict[str, Callable[[int, int, Note], None]] = {

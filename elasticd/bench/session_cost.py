@@ -15,7 +15,7 @@ from elasticd.bench.overhead import percent_lost
 
 EXACT = f"{ELASTICD}, exact mode"
 WAYS = {PLAIN: "plain", ELASTICD: "session", EXACT: "exact"}
-STEPS, QUICK_STEPS = 120, 40
+STEPS, QUICK_STEPS = 60, 30
 
 
 def measure(options: Options) -> list[Figure]:

@@ -6,8 +6,10 @@ step. The result cannot be bettered: a shorter step would need a smaller share f
 for any other. Ranks do not fall below one micro-batch where there are enough: one without any would still compute a
 stand-in (worker/microbatches.py), and gain nothing.
 
-A single slow window (a checkpoint, another process) is no change of speed: what counts is the median of a rank's last
-three. A lasting change shows in two of them, so shares have settled with the third exchange after it.
+What a window measures is noisy (a processor that is held back by its control group runs in bursts), so the mean of a
+rank's last windows counts. A single one that is far off (a checkpoint, another process) is left out of it; two in a row
+that are far off to the same side are a change of speed, and all before them is forgotten. So shares have settled with
+the third exchange after a change.
 
 Every rank feeds the same numbers into the same function at the end of the same step, so all decide alike. Not here: the
 measuring and the exchange (worker/shares.py).
@@ -18,11 +20,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
-from statistics import median
+from statistics import fmean, median
 
 from elasticd.core.plan import Shares, equal_shares
 
-WINDOWS = 3
+WINDOWS = 8
+#: Far off: slower or faster than is usual for this rank by this factor.
+FAR_OFF = 1.4
 #: A step must get shorter by this part for shares to change: less is within what is measured by chance.
 WORTHWHILE = 0.03
 
@@ -58,20 +62,38 @@ class Speeds:
 
     def __init__(self, world_size: int) -> None:
         self._windows: list[list[float]] = [[] for _ in range(world_size)]
+        self._seen = [0] * world_size
         #: How many windows there were.
         self.exchanges = 0
 
     def add(self, seconds: Sequence[float]) -> None:
         """One window's seconds per micro-batch of each rank. What is no measure is left out."""
         self.exchanges += 1
-        for windows, measured in zip(self._windows, seconds, strict=True):
+        for rank, (windows, measured) in enumerate(zip(self._windows, seconds, strict=True)):
             if is_measure(measured):
                 windows.append(measured)
-                del windows[:-WINDOWS]
+                del windows[: -1 if _has_changed(windows) else -WINDOWS]
+                self._seen[rank] += 1
 
     def known(self) -> list[float]:
         """Seconds per micro-batch of each rank; NaN until there are two windows: the first one is warming up."""
-        return [median(windows[-WINDOWS:]) if len(windows) > 1 else float("nan") for windows in self._windows]
+        return [
+            _usual(windows) if seen > 1 else float("nan")
+            for windows, seen in zip(self._windows, self._seen, strict=True)
+        ]
+
+
+def _has_changed(windows: Sequence[float]) -> bool:
+    """Whether the last two are both far off what was usual before, to the same side."""
+    if len(windows) < 3:
+        return False
+    usual = median(windows[:-2])
+    return min(windows[-2:]) > usual * FAR_OFF or max(windows[-2:]) < usual / FAR_OFF
+
+
+def _usual(windows: Sequence[float]) -> float:
+    middle = median(windows)
+    return fmean(each for each in windows if middle / FAR_OFF <= each <= middle * FAR_OFF or len(windows) < 3)
 
 
 def is_measure(seconds: float) -> bool:
