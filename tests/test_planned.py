@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worker_runs import FakeDaemon, ledger, run_world, world
 
 from elasticd import Session
-from elasticd.bench.balance import BEFORE, FAST, SETTLING, SLOW, percent_missing, run
+from elasticd.bench.balance import FAST, SLOW, percent_missing, run
 from elasticd.errors import ConfigError, NotFinite
 from elasticd.testing import cgroups
 from elasticd.worker.data import Cursor, sample_ids
@@ -272,7 +272,7 @@ def test_two_nodes_of_which_one_has_half_its_cpu_do_what_both_can() -> None:
     """Held back by its control group in mid-run. Equal shares would reach two thirds."""
     if cgroups.v1_root("cpu") is None:
         pytest.skip("no cpu controller of cgroup version 1")
-    steps = BEFORE + SETTLING + 8
+    steps = 8
     alone = [run("session", (fraction,), steps).steps_per_second for fraction in (FAST, SLOW)]
     both = run("session", (FAST, SLOW), steps)
     assert percent_missing(both.steps_per_second, alone) < 10

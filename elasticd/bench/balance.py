@@ -31,9 +31,11 @@ SCRIPT = Path(elasticd.bench.__file__).with_name("balance_train.py")
 PLAIN = "plain DDP"
 FAST, SLOW = 1.0, 0.5
 MICRO_BATCHES = 24
-STEPS, QUICK_STEPS = 25, 12
+STEPS, QUICK_STEPS = 20, 8
 #: Done before a node is slowed down, and left out of the speed afterwards, whatever happens in them.
 BEFORE, SETTLING = 6, 12
+#: One node alone settles at once.
+SETTLING_ALONE = 2
 PORT = 29511
 RUN_TIMEOUT_S = 240.0
 
@@ -51,7 +53,7 @@ def percent_missing(reached: float, alone: Sequence[float]) -> float:
     return 100 * (1 - reached / sum(alone))
 
 
-def read_run(lines: Sequence[dict[str, Any]], slowed_at: float) -> Run:
+def read_run(lines: Sequence[dict[str, Any]], slowed_at: float, settling: int = SETTLING) -> Run:
     """From rank 0's lines, for a node that was slowed down at that time. Pure.
 
     ValueError when there are too few steps. Shares that differ by one from those at the end have settled: between two
@@ -59,7 +61,7 @@ def read_run(lines: Sequence[dict[str, Any]], slowed_at: float) -> Run:
     """
     own = sorted((line for line in lines if line["rank"] == 0), key=lambda line: line["step"])
     after = [line for line in own if line["t"] > slowed_at]
-    judged = after[SETTLING:]
+    judged = after[settling:]
     if len(judged) < 2:
         raise ValueError(f"only {len(after)} steps after the node was slowed down")
     away = [number for number, line in enumerate(after, start=1) if abs(line["share"] - after[-1]["share"]) > 1]
@@ -68,10 +70,10 @@ def read_run(lines: Sequence[dict[str, Any]], slowed_at: float) -> Run:
 
 
 def measure(options: Options) -> list[Figure]:
-    steps = BEFORE + SETTLING + (QUICK_STEPS if options.quick else STEPS)
+    steps = QUICK_STEPS if options.quick else STEPS
     missing: dict[str, list[float]] = {ELASTICD: [], PLAIN: []}
     settled: list[float] = []
-    for _ in range(options.ours(3)):
+    for _ in range(options.ours(2)):
         alone = [run("session", (fraction,), steps).steps_per_second for fraction in (FAST, SLOW)]
         for system, way in ((ELASTICD, "session"), (PLAIN, "plain")):
             both = run(way, (FAST, SLOW), steps)
@@ -96,7 +98,10 @@ def measure(options: Options) -> list[Figure]:
 
 
 def run(way: str, fractions: Sequence[float], steps: int) -> Run:
-    """One rank on each node; those with a fraction below one are slowed down once the first steps are done."""
+    """One rank on each node; those with a fraction below one are slowed down once the first steps are done.
+
+    ``steps``: those whose speed is taken, after all has settled.
+    """
     folder = Path(tempfile.mkdtemp(prefix="balance-bench-"))
     try:
         with open_hosts() as hosts:
@@ -106,12 +111,13 @@ def run(way: str, fractions: Sequence[float], steps: int) -> Run:
 
 
 def _run_on(hosts: Hosts, folder: Path, way: str, fractions: Sequence[float], steps: int) -> Run:
+    settling = SETTLING_ALONE if len(fractions) == 1 else SETTLING
     nodes = [hosts.add(f"node{rank}") for rank in range(len(fractions))]
     ledger, tail = folder / "ledger.jsonl", Tail()
     processes = []
     for rank, node in enumerate(nodes):
         command = [
-            *(sys.executable, str(SCRIPT), "--way", way, "--steps", str(steps)),
+            *(sys.executable, str(SCRIPT), "--way", way, "--steps", str(BEFORE + settling + steps)),
             *("--micro-batches", str(MICRO_BATCHES), "--ledger", str(ledger)),
         ]
         env = _environment(nodes[0], node, rank, len(nodes))
@@ -136,7 +142,7 @@ def _run_on(hosts: Hosts, folder: Path, way: str, fractions: Sequence[float], st
         for node, process in zip(nodes, processes, strict=True):
             node.kill()
             process.wait()
-    return read_run([*lines, *tail.read([ledger])], slowed_at)
+    return read_run([*lines, *tail.read([ledger])], slowed_at, settling)
 
 
 def _check(processes: Sequence[subprocess.Popen[bytes]], folder: Path, deadline: float) -> None:

@@ -22,7 +22,8 @@ from elasticd import Session
 from elasticd.examples.byte_gpt import ByteGPT, StandardLibrary, loss_of
 from elasticd.torch_defects import keep_destroyed_groups
 
-LENGTH, SIZE, SEED = 64, 6, 1
+#: A step is long beside the period of a control group's quota (0.1 s): whatever a node has left of it is lost.
+LENGTH, SIZE, SEED = 64, 12, 1
 Note = Callable[[int, int, int], None]
 
 

@@ -15,7 +15,7 @@ from elasticd.bench.overhead import percent_lost
 
 EXACT = f"{ELASTICD}, exact mode"
 WAYS = {PLAIN: "plain", ELASTICD: "session", EXACT: "exact"}
-STEPS, QUICK_STEPS = 60, 30
+STEPS, QUICK_STEPS = 40, 15
 
 
 def measure(options: Options) -> list[Figure]:
