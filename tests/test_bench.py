@@ -189,7 +189,7 @@ def test_a_terminal_gets_the_same_cells() -> None:
 def test_a_readme_gets_the_same_cells() -> None:
     one = figure(0.5, "no step", goal=Goal(at_most=1.0))
     header, rule, row, *_ = make_markdown(MACHINE, [one]).splitlines()
-    cells = [list(column.cells)[0] for column in make_table([one], plain=True).columns]
+    cells = [next(iter(column.cells)) for column in make_table([one], plain=True).columns]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [str(cell) for cell in cells]
     assert header.count("|") == rule.count("|") == row.count("|")
 
