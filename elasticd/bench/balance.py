@@ -42,10 +42,14 @@ RUN_TIMEOUT_S = 240.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """``steps_per_second`` once shares should have settled; ``settled_after``: the steps that they took to."""
+    """``steps_per_second`` once shares should have settled; ``settled_after``: the steps that they took to.
+
+    ``last_share``: the micro-batches of rank 0 in the last step.
+    """
 
     steps_per_second: float
     settled_after: int
+    last_share: int
 
 
 def percent_missing(reached: float, alone: Sequence[float]) -> float:
@@ -66,7 +70,7 @@ def read_run(lines: Sequence[dict[str, Any]], slowed_at: float, settling: int = 
         raise ValueError(f"only {len(after)} steps after the node was slowed down")
     away = [number for number, line in enumerate(after, start=1) if abs(line["share"] - after[-1]["share"]) > 1]
     speed = (len(judged) - 1) / (judged[-1]["t"] - judged[0]["t"])
-    return Run(steps_per_second=speed, settled_after=max(away, default=0))
+    return Run(steps_per_second=speed, settled_after=max(away, default=0), last_share=after[-1]["share"])
 
 
 def measure(options: Options) -> list[Figure]:
