@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,8 @@ class SealedFile(io.RawIOBase):
         self._abandoned = True  # until there is a file
         self._disk, self._name = disk, path.name
         self._size_bytes = self._crc32 = 0
+        #: For how long large writes had to wait for their checksum after the disk had taken them.
+        self.checksum_s = 0.0
         #: What the disk said when it refused. torch.save speaks of "unexpected pos" instead.
         self.refusal: OSError | None = None
         self._descriptor = disk.create(path)
@@ -97,7 +100,9 @@ class SealedFile(io.RawIOBase):
             try:
                 self._write_all(view)
             finally:
+                started = time.perf_counter()
                 self._crc32 = checksum.result()  # the bytes are the caller's again once this returns
+                self.checksum_s += time.perf_counter() - started
         self._size_bytes += len(view)
         return len(view)
 

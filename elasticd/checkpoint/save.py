@@ -218,6 +218,7 @@ def _make_way(final: Path, disk: Disk) -> None:
     except CheckpointInvalid:
         storage.set_aside(final, disk)
     else:
+        disk.sync_directory(final.parent)  # whoever gave it its name may have died before this
         raise _AlreadyThereError(str(final))
 
 

@@ -6,8 +6,11 @@ Every rank must see the same directory (one host, or a shared file system). Not 
 
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from elasticd.checkpoint.disk import DISK, Disk, new_file
@@ -51,14 +54,44 @@ def complete_steps(directory: Path) -> list[int]:
     return sorted((step for step in steps if step is not None), reverse=True)
 
 
-def describe_file(path: Path) -> FileEntry:
-    """Size and checksum of a file, read in bounded pieces."""
+def describe_file(path: Path, pace: Pace | None = None) -> FileEntry:
+    """Size and checksum of a file, read in bounded pieces.
+
+    With a ``pace`` it is read at that rate, from the disk and not from the page cache, and is not left in there.
+    """
     checksum, size_bytes = 0, 0
     with path.open("rb", buffering=0) as file:
+        if pace is not None:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(_CHUNK_BYTES):
             checksum = zlib.crc32(chunk, checksum)
             size_bytes += len(chunk)
+            if pace is not None:
+                pace.read(len(chunk))
+                os.posix_fadvise(file.fileno(), 0, size_bytes, os.POSIX_FADV_DONTNEED)
     return FileEntry(name=path.name, size_bytes=size_bytes, crc32=checksum)
+
+
+class Pace:
+    """Holds a reader to ``bytes_per_s``, by sleeping. 0: as fast as it goes."""
+
+    def __init__(
+        self,
+        bytes_per_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._bytes_per_s, self._clock, self._sleep = bytes_per_s, clock, sleep
+        self._ahead_s, self._at = 0.0, clock()
+
+    def read(self, size_bytes: int) -> None:
+        """So much was read: sleep until that was allowed. Time that was not used is not saved up."""
+        if not self._bytes_per_s:
+            return
+        now = self._clock()
+        self._ahead_s = max(0.0, self._ahead_s - (now - self._at)) + size_bytes / self._bytes_per_s
+        self._at = now
+        self._sleep(self._ahead_s)
 
 
 def begin(directory: Path, step: int, round_number: int, disk: Disk = DISK) -> Path:
@@ -113,22 +146,22 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
             raise CheckpointInvalid(f"{entry.name} has {size_bytes} bytes instead of {entry.size_bytes}")
 
 
-def check_contents(path: Path, entries: tuple[FileEntry, ...]) -> None:
+def check_contents(path: Path, entries: tuple[FileEntry, ...], pace: Pace | None = None) -> None:
     """CheckpointInvalid when the bytes of a file are not those that were written."""
     for entry in entries:
         try:
-            found = describe_file(path / entry.name)
+            found = describe_file(path / entry.name, pace)
         except OSError as error:
             raise CheckpointInvalid(f"{entry.name}: {error.strerror}") from error
         if found != entry:
             raise CheckpointInvalid(f"{entry.name} does not match its checksum")
 
 
-def verify(path: Path) -> Manifest:
+def verify(path: Path, pace: Pace | None = None) -> Manifest:
     """The manifest of a checkpoint whose every byte is as it was written; CheckpointInvalid otherwise."""
     manifest = read_manifest(path)
     check_sizes(path, manifest)
-    check_contents(path, manifest.files)
+    check_contents(path, manifest.files, pace)
     return manifest
 
 
