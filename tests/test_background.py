@@ -24,7 +24,7 @@ from elasticd.checkpoint.restore import find_newest, load_into
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
 from elasticd.checkpoint.staging import Staging
-from elasticd.errors import SaveFailed
+from elasticd.errors import ConfigError, SaveFailed
 
 
 class Gate(Disk):
@@ -303,3 +303,51 @@ def test_no_memory_on_one_rank_fails_the_save_on_all_and_hangs_none(tmp_path: Pa
     for output in run_world(2, save_with_no_memory_on_one_rank, tmp_path):
         assert "rank 1: no room for a copy" in output
     assert storage.complete_steps(tmp_path) == [2]
+
+
+# --- what plain torch wrote ---
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed")
+@pytest.mark.parametrize("form", ["model and optimizer", "a model alone"])
+def test_what_plain_dcp_saved_is_taken_up_and_said_to_be_unverified(
+    tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+    trained = nn.Linear(3, 2)
+    moments = torch.optim.AdamW(trained.parameters())
+    trained(torch.ones(3)).sum().backward()
+    moments.step()
+    model_state, optimizer_state = get_state_dict(trained, moments)
+    whole = {"model": model_state, "optimizer": optimizer_state}
+    dcp_save(whole if form == "model and optimizer" else model_state, checkpoint_id=tmp_path / "plain", no_dist=True)
+
+    def start() -> tuple[int, nn.Linear, torch.optim.Optimizer]:
+        with Session(checkpoint_dir=tmp_path / "ours", save_every_steps=1) as session:
+            model = nn.Linear(3, 2)
+            optimizer = torch.optim.AdamW(model.parameters())
+            session.register(model=model, optimizer=optimizer)
+            before = session.restore(start_from=tmp_path / "plain")
+            taken = {name: value.clone() for name, value in model.state_dict().items()}
+            for step in session.steps(until=before + 1):
+                with step:
+                    model(torch.ones(3)).sum().backward()
+                    optimizer.step()
+            return before, taken, optimizer
+
+    before, taken, optimizer = start()
+    assert before == 0
+    assert all(torch.equal(taken[name], value) for name, value in model_state.items())
+    assert "is taken up unverified: it has no manifest.json" in caplog.text
+    steps = {state["step"].item() for state in optimizer.state.values()}
+    assert steps == ({2.0} if form == "model and optimizer" else {1.0})
+    assert start()[0] == 1  # from then on our own is newer
+
+
+def test_a_directory_that_is_no_checkpoint_is_the_operators_error(tmp_path: Path) -> None:
+    with Session(checkpoint_dir=tmp_path / "ours") as session:
+        session.register(model=nn.Linear(3, 2))
+        with pytest.raises(ConfigError, match=r"it has no \.metadata"):
+            session.restore(start_from=tmp_path)

@@ -43,6 +43,7 @@ import torch.distributed as dist
 
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Counts
+from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
 from elasticd.checkpoint.restore import agree_on_newest, load_into
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
@@ -162,18 +163,22 @@ class Session:
         if model is not None and optimizer is not None and self.device.type == "cpu":
             self._waiting.attach(model, optimizer)
 
-    def restore(self) -> int:
+    def restore(self, *, start_from: str | os.PathLike[str] | None = None) -> int:
         """Collective. Take up the newest checkpoint that verifies; the number of completed steps (0: a fresh start).
+
+        ``start_from``: where there is none yet, fill what is registered from this directory, which plain
+        torch.distributed.checkpoint.save wrote ("model", "optimizer" and "extra", or a model's state alone). It has no
+        checksums, so it is taken unverified, with a warning, and unpickled; steps are counted from 0.
 
         ConfigError when the checkpoint is not of the model and optimizer that are registered, was made with another
         seed, or is not there for every rank.
         """
         registered = self._known()
         self._restored = True
-        if self._directory is None:
-            return self._completed
-        found = agree_on_newest(self._directory, self._control.group)
+        found = None if self._directory is None else agree_on_newest(self._directory, self._control.group)
         if found is None:
+            if start_from is not None:
+                self._start_from(registered, Path(start_from))
             return self._completed
         own = self._own_state(with_random=self.rank < found.manifest.world_size)
         state = registered.capture() | own
@@ -304,6 +309,13 @@ class Session:
         if with_random:
             state["random"] = {str(self.rank): capture_random(self.device)}
         return state
+
+    def _start_from(self, registered: Registered, path: Path) -> None:
+        parts = agree_on_foreign(path, self._control.group)
+        wanted = registered.only(parts)  # to capture an optimizer's state may make one
+        state = wanted.capture()
+        load_foreign(state, path, parts)
+        wanted.apply(state)
 
     def _take_own_state(self, state: dict[str, Any], step: int) -> None:
         own = json.loads(state["session"])
