@@ -14,17 +14,18 @@ import torch
 import torch.distributed as dist
 from conftest import eventually
 from torch import nn
-from worker_runs import alone, run_world, world
+from worker_runs import FakeDaemon, alone, run_world, world
 
 from elasticd import Session
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.background import BackgroundSaver
+from elasticd.checkpoint.background import BackgroundSaver, Stall
 from elasticd.checkpoint.disk import Disk
 from elasticd.checkpoint.restore import find_newest, load_into
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
 from elasticd.checkpoint.staging import Staging
 from elasticd.errors import ConfigError, SaveFailed
+from elasticd.metrics.saving import SaveReport
 
 
 class Gate(Disk):
@@ -59,8 +60,8 @@ class Ends:
     def __init__(self) -> None:
         self.all: list[tuple[int, Saved | SaveFailed]] = []
 
-    def __call__(self, step: int, end: Saved | SaveFailed, stall_s: float) -> None:
-        assert stall_s >= 0
+    def __call__(self, step: int, end: Saved | SaveFailed, stall: Stall) -> None:
+        assert stall.seconds >= 0
         self.all.append((step, end))
 
 
@@ -351,3 +352,31 @@ def test_a_directory_that_is_no_checkpoint_is_the_operators_error(tmp_path: Path
         session.register(model=nn.Linear(3, 2))
         with pytest.raises(ConfigError, match=r"it has no \.metadata"):
             session.restore(start_from=tmp_path)
+
+
+# --- what the daemon hears ---
+
+
+def test_the_daemon_hears_of_saves_failures_and_what_was_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "c" / "step-99").mkdir(parents=True)
+    with FakeDaemon(tmp_path / "socket") as daemon:
+        env = {"ELASTICD_SOCKET": daemon.path, "ELASTICD_JOB_ID": "j", "ELASTICD_ROUND": "7"}
+        with alone(save_and_fail, tmp_path / "c", **env) as rank:
+            assert rank.wait() == 0, rank.output
+        eventually(daemon.heard_out)
+        assert [message["count"] for message in daemon.of_type("passed_over")] == [1]
+        results = [SaveReport.from_message(message) for message in daemon.of_type("checkpoint")]
+        assert [report.result for report in results] == ["saved", "saved", "failed", "saved"]
+        assert [message["step"] for message in daemon.of_type("commit")] == [1, 2, 4]
+        assert all(report.size_bytes > 0 and report.seconds > 0 for report in results if report.result == "saved")
+        assert results[-1].stall_seconds >= results[-1].seconds  # the last one is waited for
+
+
+def save_and_fail(directory: Path) -> None:
+    with Session(checkpoint_dir=directory, save_every_steps=1) as session:
+        session.register(model=nn.Linear(3, 3))
+        session.restore()
+        for step in session.steps(until=4):
+            with step:
+                session._saver.wait()
+                session._saver._saver._disk = Full(100) if step.index == 2 else Disk()

@@ -31,8 +31,16 @@ class Counts:
     last_stall_s: float = 0.0
 
 
-#: Told of how each save ended, in the thread that saved: what stands, or why not, and for how long the step had waited.
-Told = Callable[[int, Saved | SaveFailed, float], None]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stall:
+    """For how long a step waited for a save, and whether that was for an earlier one too."""
+
+    seconds: float
+    waited: bool
+
+
+#: Told of how each save ended, in the thread that saved: what stands, or why not, and what the step had to wait.
+Told = Callable[[int, Saved | SaveFailed, Stall], None]
 
 
 class BackgroundSaver:
@@ -55,15 +63,16 @@ class BackgroundSaver:
 
     def start(self, state: dict[str, Any], step: int) -> None:
         """Copy the state and save the copy in the background. Returns once the state may be changed again."""
-        started = time.monotonic()
-        self.counts.waited += self.in_flight
+        started, waited = time.monotonic(), self.in_flight
+        self.counts.waited += waited
         self.wait()
         problem, copied = None, {}
         try:
             copied = self._staging.copy(state)
         except (MemoryError, RuntimeError) as error:  # no memory for the buffers: every rank must hear of it
             problem = error
-        self._launch(copied, step, started, problem)
+        stall = Stall(seconds=time.monotonic() - started, waited=waited)
+        self._launch(lambda: self._told(step, self._save(copied, step, problem), stall))
         self._stalled(started)
 
     def save(self, state: dict[str, Any], step: int) -> Saved:
@@ -71,7 +80,12 @@ class BackgroundSaver:
         started = time.monotonic()
         self.wait()
         ended: list[Saved | SaveFailed] = []
-        self._launch(state, step, started, None, ended)
+
+        def work() -> None:
+            ended.append(self._save(state, step, None))
+            self._told(step, ended[0], Stall(seconds=time.monotonic() - started, waited=False))
+
+        self._launch(work)
         self.wait()
         self._stalled(started)
         if isinstance(ended[0], SaveFailed):
@@ -90,24 +104,13 @@ class BackgroundSaver:
         if self._broken is not None:
             raise self._broken
 
-    def _launch(
-        self,
-        state: dict[str, Any],
-        step: int,
-        started: float,
-        problem: Exception | None,
-        ended: list[Saved | SaveFailed] | None = None,
-    ) -> None:
+    def _launch(self, work: Callable[[], None]) -> None:
         def run() -> None:
             try:
-                end = self._save(state, step, problem)
-                if ended is not None:
-                    ended.append(end)
-                self._told(step, end, stall_s)
+                work()
             except BaseException as error:  # noqa: BLE001 - the top of a thread: raised again in the training thread
                 self._broken = error
 
-        stall_s = time.monotonic() - started
         # Not a daemon thread: a script that ends waits for what it has begun to save.
         self._thread = threading.Thread(target=run, name="elasticd-save")
         self._thread.start()

@@ -62,33 +62,37 @@ def find_newest(directory: Path) -> tuple[Found | None, list[PassedOver]]:
     return None, passed_over
 
 
-def agree_on_newest(directory: Path, group: dist.ProcessGroup | None) -> Found | None:
+def agree_on_newest(
+    directory: Path, group: dist.ProcessGroup | None, passed_over: list[PassedOver] | None = None
+) -> Found | None:
     """Collective over ``group`` (None: a world of one). The newest that verifies, or None where nothing does.
+
+    What is passed over is logged by rank 0, and added there to ``passed_over``.
 
     ConfigError on a rank that sees another directory than rank 0 does.
     """
+    if group is not None and dist.get_rank(group) != 0:
+        return _follow(directory, group)
+    not_taken: list[PassedOver] = [] if passed_over is None else passed_over
     if group is None:
-        found, passed_over = find_newest(directory)
-        _say(passed_over)
-        return found
-    if dist.get_rank(group) == 0:
-        return _propose(directory, group)
-    return _follow(directory, group)
+        found, over = find_newest(directory)
+        not_taken += over
+    else:
+        found = _propose(directory, group, not_taken)
+    for one in not_taken:
+        log.warning("elasticd: checkpoint of step %d passed over: %s", one.step, one.reason)
+    return found
 
 
-def _propose(directory: Path, group: dist.ProcessGroup) -> Found | None:
+def _propose(directory: Path, group: dist.ProcessGroup, passed_over: list[PassedOver]) -> Found | None:
     """Rank 0's part."""
-    passed_over: list[PassedOver] = []
     for found in _candidates(directory, passed_over):
-        _say(passed_over)
-        passed_over.clear()
         step = found.manifest.step
         _broadcast([step, checksum(found.manifest)], group)
         failed_rank = _check_together(found.path, found.manifest, group)
         if failed_rank is None:
             return found
-        log.warning("elasticd: checkpoint of step %d passed over: rank %d found it damaged", step, failed_rank)
-    _say(passed_over)
+        passed_over.append(PassedOver(step=step, reason=f"rank {failed_rank} found its part damaged"))
     _broadcast([_NONE, 0], group)
     return None
 
@@ -183,8 +187,3 @@ def _check_outline(path: Path, manifest: Manifest) -> None:
 
 def _data_files(manifest: Manifest) -> tuple[FileEntry, ...]:
     return tuple(entry for entry in manifest.files if entry.name != METADATA_NAME)
-
-
-def _say(passed_over: list[PassedOver]) -> None:
-    for one in passed_over:
-        log.warning("elasticd: checkpoint of step %d passed over: %s", one.step, one.reason)

@@ -43,7 +43,7 @@ class Commits(Protocol):
 
 
 class LocalServer:
-    """``post`` takes events; ``observe`` gets every step message for the metrics; ``commit`` answers by itself."""
+    """``post`` takes events; ``observe`` gets what is only for the metrics; ``commit`` answers by itself."""
 
     def __init__(
         self,
@@ -164,6 +164,8 @@ class LocalServer:
             case "boundary":
                 step = int(message["step"])
                 self._post(messages.BoundaryReached(round_number=number, rank=caller.rank, step=step))
+            case "checkpoint" | "passed_over":
+                self._observe(caller, message)
             case "commit":
                 self._commit(caller, number, int(message["step"]), str(message["path"]))
             case other:

@@ -42,9 +42,9 @@ import torch
 import torch.distributed as dist
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.background import BackgroundSaver, Counts
+from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
 from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
-from elasticd.checkpoint.restore import agree_on_newest, load_into
+from elasticd.checkpoint.restore import Found, PassedOver, agree_on_newest, load_into
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
 from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed
@@ -175,7 +175,7 @@ class Session:
         """
         registered = self._known()
         self._restored = True
-        found = None if self._directory is None else agree_on_newest(self._directory, self._control.group)
+        found = self._find_newest()
         if found is None:
             if start_from is not None:
                 self._start_from(registered, Path(start_from))
@@ -310,6 +310,15 @@ class Session:
             state["random"] = {str(self.rank): capture_random(self.device)}
         return state
 
+    def _find_newest(self) -> Found | None:
+        if self._directory is None:
+            return None
+        passed_over: list[PassedOver] = []
+        found = agree_on_newest(self._directory, self._control.group, passed_over)
+        if passed_over and self._link is not None:
+            self._link.post({"type": "passed_over", "count": len(passed_over)})
+        return found
+
     def _start_from(self, registered: Registered, path: Path) -> None:
         parts = agree_on_foreign(path, self._control.group)
         wanted = registered.only(parts)  # to capture an optimizer's state may make one
@@ -354,17 +363,27 @@ class Session:
             self._known()
         return self._saver
 
-    def _save_ended(self, step: int, end: Saved | SaveFailed, stall_s: float) -> None:
+    def _save_ended(self, step: int, end: Saved | SaveFailed, stall: Stall) -> None:
         """In the saver's thread. A disk that is full must not end the training: the checkpoint before still stands."""
-        if isinstance(end, Saved):
+        saved = end if isinstance(end, Saved) else None
+        if saved is not None:
             self._saved_step = step
-        if self.rank != 0:
-            return
-        if isinstance(end, SaveFailed):
+        elif self.rank == 0:
             log.warning("elasticd: %s", end)
-        elif self._link is not None:
-            figures = {"seconds": end.seconds, "size_bytes": end.size_bytes, "stall_seconds": stall_s}
-            self._link.post({"type": "commit", "step": end.step, "path": str(end.path), **figures})
+        if self._link is None:
+            return
+        if saved is not None and self.rank == 0:
+            self._link.post({"type": "commit", "step": step, "path": str(saved.path), "seconds": saved.seconds})
+        self._link.post(
+            {
+                "type": "checkpoint",
+                "result": "failed" if saved is None else "saved",
+                "size_bytes": 0 if saved is None else saved.size_bytes,
+                "seconds": 0.0 if saved is None else saved.seconds,
+                "stall_seconds": stall.seconds,
+                "waited": stall.waited,
+            }
+        )
 
     def _known(self) -> Registered:
         if self._registered is None:
