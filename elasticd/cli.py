@@ -167,6 +167,7 @@ def inspect(directory: str, step: int, as_json: bool) -> int:  # noqa: FBT001
 @click.option("--keep", default=3, show_default=True, help="The newest so many stay.")
 @click.option("--each-steps", default=0, help="And the first of every so many steps.")
 @click.option("--each-hours", default=0.0, help="And the first of every so many hours.")
+@click.option("--temporary", is_flag=True, help="And what was never completed: only while no job saves there.")
 @click.option("--dry-run", is_flag=True, help="Only say which would go.")
 @_json
 def prune(
@@ -174,6 +175,7 @@ def prune(
     keep: int,
     each_steps: int,
     each_hours: float,
+    temporary: bool,  # noqa: FBT001
     dry_run: bool,  # noqa: FBT001
     as_json: bool,  # noqa: FBT001
 ) -> int:
@@ -182,7 +184,7 @@ def prune(
     from elasticd.commands.checkpoints import prune_checkpoints
 
     wanted = Keep(last=keep, each_steps=each_steps, each_hours=each_hours)
-    return prune_checkpoints(directory, wanted, dry_run=dry_run, as_json=as_json)
+    return prune_checkpoints(directory, wanted, temporary=temporary, dry_run=dry_run, as_json=as_json)
 
 
 @checkpoints.command()

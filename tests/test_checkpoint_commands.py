@@ -183,6 +183,10 @@ def test_prune_removes_what_it_said_and_nothing_else(tmp_path: Path, capsys: pyt
     assert run("pin", tmp_path, 1, "--off") == 0
     assert run("prune", tmp_path, "--keep", 1) == 0
     assert names(tmp_path) == ["step-3", "step-5", "step-9.r7.tmp"]
+    assert run("prune", tmp_path, "--temporary", "--dry-run") == 0
+    assert names(tmp_path) == ["step-3", "step-5", "step-9.r7.tmp"]
+    assert run("prune", tmp_path, "--temporary") == 0
+    assert names(tmp_path) == ["step-3", "step-5"]
 
 
 def test_a_pin_is_no_damage_and_is_kept_by_saving(tmp_path: Path) -> None:

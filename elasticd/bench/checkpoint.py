@@ -67,6 +67,7 @@ def figures_of(ranks: int, gb: int, turns: Sequence[Turn]) -> list[Figure]:
         figure(what=stall, system=ELASTICD, unit=times, samples=samples(stall_ratio), goal=Goal(at_most=1.2)),
         seconds(stall, ELASTICD, "stall"),
         seconds(stall, DCP_ASYNC, "dcp stall"),
+        seconds(stall, "torch's stager", "torch's stager"),
         seconds(stall, "one memory copy", "memory copy"),
         figure(
             what=save,

@@ -208,6 +208,11 @@ def prune(
     return doomed
 
 
+def temporaries(directory: Path) -> list[Path]:
+    """Directories that are being written, or that a round which is over has left behind."""
+    return sorted(path for path in directory.iterdir() if round_of_temporary(path.name) is not None)
+
+
 def is_pinned(path: Path) -> bool:
     return (path / PIN_NAME).exists()
 

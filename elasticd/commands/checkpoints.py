@@ -3,13 +3,14 @@
 Verifying old checkpoints at a bounded rate is a command and not the daemon's: it needs nothing that the daemon knows, a
 shared file system should be read by one node and not by all, and a timer says when better than we could.
 
-Temporary directories are listed and never removed here: whether the round that owns one still lives is known to the
-saver of a later round alone, which sweeps it. Only ``inspect`` and ``export`` import torch.
+Temporary directories are removed here only when they are asked for by name of an option: whether the round that owns
+one still lives is known to the saver of a later round, which sweeps it, and to a person. Only ``inspect`` and ``export`` import torch.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.manifest import METADATA_NAME, Manifest, complete_name, round_of_temporary
+from elasticd.checkpoint.manifest import METADATA_NAME, Manifest, complete_name
 from elasticd.checkpoint.retention import Keep
 from elasticd.core.records import to_plain
 from elasticd.errors import CheckpointInvalid, ConfigError, OperatorError
@@ -33,7 +34,7 @@ NO_ROUND = 0
 def list_checkpoints(directory: str, *, as_json: bool) -> int:
     path = _existing(directory)
     found = [describe(path, step) for step in storage.complete_steps(path)]
-    temporary = sorted(one.name for one in path.iterdir() if round_of_temporary(one.name) is not None)
+    temporary = [one.name for one in storage.temporaries(path)]
     if as_json:
         _print_json({"directory": str(path), "checkpoints": found, "temporary": temporary})
         return 0
@@ -95,18 +96,22 @@ def inspect_checkpoint(directory: str, step: int, *, as_json: bool) -> int:
     return 0
 
 
-def prune_checkpoints(directory: str, keep: Keep, *, dry_run: bool, as_json: bool) -> int:
+def prune_checkpoints(directory: str, keep: Keep, *, temporary: bool, dry_run: bool, as_json: bool) -> int:
     path = _existing(directory)
+    swept = storage.temporaries(path) if temporary else []
     try:
         removed = storage.prune(path, newest=None, keep=keep, round_number=NO_ROUND, only_say=dry_run)
+        for one in [] if dry_run else swept:
+            shutil.rmtree(one)
     except OSError as error:
         raise OperatorError(f"a checkpoint in {path} could not be removed: {error.strerror}") from error
     if as_json:
-        _print_json({"directory": str(path), "removed": removed, "dry_run": dry_run})
+        names = [one.name for one in swept]
+        _print_json({"directory": str(path), "removed": removed, "temporary": names, "dry_run": dry_run})
         return 0
-    for step in removed:
-        click.echo(f"step {step}: {'would be removed' if dry_run else 'removed'}")
-    if not removed:
+    for name in [f"step {step}" for step in removed] + [one.name for one in swept]:
+        click.echo(f"{name}: {'would be removed' if dry_run else 'removed'}")
+    if not removed and not swept:
         click.echo("nothing to remove")
     return 0
 
