@@ -3,8 +3,8 @@
 Verifying old checkpoints at a bounded rate is a command and not the daemon's: it needs nothing that the daemon knows, a
 shared file system should be read by one node and not by all, and a timer says when better than we could.
 
-Temporary directories are removed here only when they are asked for by name of an option: whether the round that owns
-one still lives is known to the saver of a later round, which sweeps it, and to a person. Only ``inspect`` and ``export`` import torch.
+Temporary directories are removed here only on demand: whether the round that owns one still lives is known to the saver
+of a later round, which sweeps it, and to a person. Only ``inspect`` and ``export`` import torch.
 """
 
 from __future__ import annotations
