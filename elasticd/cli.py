@@ -44,7 +44,11 @@ def serve(config: str, log_level: str, log_json: bool) -> int:  # noqa: FBT001
     return serve_node(load_daemon(config))
 
 
-@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+#: Nothing of a run's line is click's, not even a ``--`` among the script's own arguments.
+_RUN = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
+
+
+@cli.command(context_settings=_RUN, add_help_option=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(arguments: tuple[str, ...]) -> int:
     """Run one job on this node: torchrun's command line, and more (elasticd run --help)."""

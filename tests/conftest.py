@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import psutil
 import pytest
@@ -12,7 +12,17 @@ import pytest
 from elasticd.testing.claims import sweep
 from elasticd.testing.hosts import why_not_namespaces
 
+#: Whether the test's own part passed, for fixtures that judge it afterwards.
+PASSED = pytest.StashKey[bool]()
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call":
+        item.stash[PASSED] = report.passed
+    return report
 
 
 def need(why_not: str) -> None:

@@ -281,6 +281,7 @@ def test_torchrun_accepts_the_flags_that_it_is_compared_with(flags: TorchrunFlag
     job = TorchrunJob(JobShape(), flags)
     job._hosts = [AHost()]
     _python, _, module, *arguments = job._command(0)
+    job.__exit__()
     assert module == "torch.distributed.run"
     parsed = get_args_parser().parse_args(arguments)
     conf = _parse_rendezvous_config(parsed.rdzv_conf)

@@ -113,9 +113,9 @@ def configuration(folder: Path, endpoint: str, name: str, **node: object) -> str
 def test_a_script_runs_with_an_etcd_of_its_own(tmp_path: Path) -> None:
     script = tmp_path / "hello.py"
     script.write_text("import os, sys\nprint(os.environ['RANK'], os.environ['WORLD_SIZE'], sys.argv[1:])\n")
-    done = elasticd("run", "--nproc-per-node", "2", str(script), "--lr", "0.1", cwd=tmp_path)
+    done = elasticd("run", "--nproc-per-node", "2", str(script), "--lr", "0.1", "--", "x", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["0 2 ['--lr', '0.1']", "1 2 ['--lr', '0.1']"]
+    assert sorted(done.stdout.splitlines()) == ["0 2 ['--lr', '0.1', '--', 'x']", "1 2 ['--lr', '0.1', '--', 'x']"]
     assert "started an etcd for this machine at 127.0.0.1:" in done.stderr
 
 

@@ -218,9 +218,10 @@ def test_a_node_that_shuts_down_leaves_in_order() -> None:
 
 def test_a_cancelled_job_ends() -> None:
     sim = cluster("abc")
-    sim.store.apply({"/elasticd/v1/jobs/job/cancel": ("{}", 0)}, [])
+    sim.store.apply({keys.cancel(JobId("job")): ("{}", 0)}, [])
     sim.run(3)
     assert sim.round().phase is Phase.CANCELLED
+    assert keys.cancel(JobId("job")) not in sim.store.kv  # or it would end the next job of this name, too
     assert [n.exit_status for n in sim.nodes.values()] == [1, 1, 1]
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from elasticd.cluster.peers import LinkSettings
 from elasticd.core.machine import Machine, Settings
 from elasticd.core.messages import Report, ShutdownRequested
 from elasticd.core.model import BootId, Capacity, JobId, JobSpec, Node, NodeId
+from elasticd.daemon.local import LocalServer
 from elasticd.daemon.node import NodeLoop, Setup
-from elasticd.errors import DuplicateNode
+from elasticd.errors import DuplicateNode, OperatorError
 
 
 class Silent:
@@ -51,15 +53,15 @@ class Agent:
         reader, self.writer = await asyncio.open_unix_connection(str(self.path))
         self.say({"type": "agent_hello", "job": job_id, "pid": 1})
         self.say({"type": "ready", "store_port": next(self.ports), "nproc": 1})
-        while line := await reader.readline():
-            message = decode(line)
-            if message["type"] == "round":
-                self.rounds.append((time.monotonic(), message["round"]))
-                self.say({"type": "workers_started", "round": message["round"]["number"], "pids": []})
-                self.say({"type": "ready", "store_port": next(self.ports), "nproc": 1})
-            elif message["type"] == "exit":
-                self.writer.close()
-                return
+        with contextlib.closing(self.writer):
+            while line := await reader.readline():
+                message = decode(line)
+                if message["type"] == "round":
+                    self.rounds.append((time.monotonic(), message["round"]))
+                    self.say({"type": "workers_started", "round": message["round"]["number"], "pids": []})
+                    self.say({"type": "ready", "store_port": next(self.ports), "nproc": 1})
+                elif message["type"] == "exit":
+                    return
 
 
 class Host:
@@ -186,6 +188,44 @@ def test_an_orderly_shutdown_leaves_the_job(endpoint: str, tmp_path: Path) -> No
     asyncio.run(scenario())
 
 
+def test_a_socket_of_a_living_daemon_is_not_taken(endpoint: str, tmp_path: Path) -> None:
+    """Two files of one node id on one machine: the second daemon must not cut the first one off from its workers."""
+
+    async def scenario() -> None:
+        async with hosts(endpoint, tmp_path, "l", job("mine")) as (first,):
+            await eventually(lambda: first.seats() == ["l"])
+            other = Host("l", "other", endpoint, tmp_path, job("mine"))
+            other.loop.setup = replace(other.setup, socket_path=first.setup.socket_path)
+            with pytest.raises(OperatorError, match=r"a daemon listens at .* already"):
+                await other.loop.start()
+            await other.loop.close()
+            _, writer = await asyncio.open_unix_connection(str(first.setup.socket_path))
+            writer.close()
+        assert first.setup.socket_path.exists()  # left behind, as by a daemon that was killed
+        heir = LocalServer(NodeId("l"), lambda _event: None, lambda *_: None, lambda *_: None)
+        await heir.listen(first.setup.socket_path)
+        await heir.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_script_commits_for_its_own_job_alone(endpoint: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with hosts(endpoint, tmp_path, "m", job("own")) as (m,):
+            await eventually(lambda: m.seats() == ["m"])
+            number = m.agent.rounds[-1][1]["number"]
+            for claimed, committed in (("own", True), ("foreign", False)):
+                reader, writer = await asyncio.open_unix_connection(str(m.setup.socket_path))
+                hello = {"type": "worker_hello", "job": claimed, "round": number, "rank": 0}
+                commit = {"type": "commit", "round": number, "step": 1, "path": "p"}
+                writer.write(encode(hello) + encode(commit))
+                answer = decode(await asyncio.wait_for(reader.readline(), 5))
+                assert (answer["type"], answer["committed"]) == ("commit_result", committed)
+                writer.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_malformed_message_closes_only_its_connection(endpoint: str, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with hosts(endpoint, tmp_path, "k", job("noise")) as (k,):
@@ -193,7 +233,7 @@ def test_a_malformed_message_closes_only_its_connection(endpoint: str, tmp_path:
             for noise in (b"nonsense\n", b'{"type":"ready"}\n', b'{"type":"worker_hello"}\n', b"x" * 300_000):
                 reader, writer = await asyncio.open_unix_connection(str(k.setup.socket_path))
                 writer.write(noise)
-                with contextlib.suppress(ConnectionError):
+                with contextlib.suppress(ConnectionError), contextlib.closing(writer):
                     assert await reader.read() == b""
             assert oct(k.setup.socket_path.stat().st_mode & 0o777) == "0o600"
             assert not k.loop.finished.done()

@@ -1,8 +1,9 @@
 """A healthy run: steps per second of the same script under ``torchrun`` and under ``elasticd run``, on one node.
 
 Two workers, no padding of steps: what a supervisor takes from the machine shows in full, its etcd included. A run's
-speed is that of rank 0 from its warm-up to its last step, so start and end do not count. Runs alternate in pairs, and
-in each pair the other goes first; a sample is one pair's torchrun speed over elasticd's: 1.01 is 1 % lost.
+speed is that of rank 0 from its warm-up to its last step, so start and end do not count. They run in pairs, and
+the other goes first each time; a sample is how many per cent of torchrun's speed elasticd lost in one pair. Gloo
+over loopback makes one run differ from the next by some per cent, whoever starts it: look at every pair, in the JSON.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ as torchrun uses it (rendezvous_handlers.py).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -19,6 +20,8 @@ from elasticd.testing.history import Event, events_of
 
 NODES = 3
 ROUND_TIMEOUT_S = 30.0
+#: Until the last job's processes have ended, whose exit would take the machine from the next one's start.
+CALM_S = 1.0
 WHAT = "rendezvous of three nodes"
 
 
@@ -51,6 +54,7 @@ def _daemons(options: Options) -> tuple[float, ...]:
     with Cluster(ClusterSpec(nodes=NODES)) as cluster:
         for index in range(options.ours(10)):
             job = f"rendezvous-{index}"
+            time.sleep(CALM_S)
             cluster.submit(job, ["true"], nodes=f"{NODES}:{NODES}", no_python=True)
             cluster.wait_for(partial(_over, job=job), ROUND_TIMEOUT_S, f"{job} over")
             sample = milliseconds_to_enter(cluster.history(), job, NODES)

@@ -9,9 +9,9 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from elasticd.cluster.store import Compare, Delete, KeyValue, Put, Store
+from elasticd.cluster.store import Compare, Delete, KeyValue, Operation, Put, Store
 from elasticd.core import keys
-from elasticd.core.model import JobId, JobSpec, NodeId, Phase, Round
+from elasticd.core.model import Cause, JobId, JobSpec, NodeId, Phase, Round
 from elasticd.core.records import from_json, to_json
 from elasticd.core.view import Entry, View
 from elasticd.errors import JobRefused
@@ -76,13 +76,40 @@ def prepare_job(store: Store, spec: JobSpec) -> None:
 
 
 def cancel_job(store: Store, job_id: JobId) -> None:
-    """Asks the job's nodes to stop it. JobRefused when there is no such job, or when it is over."""
-    if store.get(keys.spec(job_id)) is None:
-        raise JobRefused(f"there is no job {job_id!r}; `elasticd status` shows the jobs that are")
-    phase = _phase(store, job_id)
-    if phase is not None:
-        raise JobRefused(f"job {job_id!r} is over: {phase.value}")
-    store.put(keys.cancel(job_id), "1")
+    """Asks the job's nodes to stop it; a job that has none is over at once, since nobody else would say so.
+
+    JobRefused when there is no such job, or when it is over.
+    """
+    for _ in range(_TRIES):
+        held, record = store.get(keys.spec(job_id)), store.get(keys.round_(job_id))
+        if held is None:
+            raise JobRefused(f"there is no job {job_id!r}; `elasticd status` shows the jobs that are")
+        current = from_json(Round, record.value) if record is not None else None
+        if current is not None and current.phase.terminal:
+            raise JobRefused(f"job {job_id!r} is over: {current.phase.value}")
+        guards = [
+            Compare(key=held.key, mod_revision=held.mod_revision),
+            Compare(key=keys.round_(job_id), mod_revision=record.mod_revision if record is not None else 0),
+        ]
+        if store.snapshot(keys.members(job_id)).entries:
+            operations: list[Operation] = [Put(key=keys.cancel(job_id), value="1")]
+        else:
+            operations = [
+                Put(key=keys.round_(job_id), value=to_json(_cancelled(current))),
+                Delete(key=keys.cancel(job_id)),
+            ]
+        if store.txn(guards, operations).succeeded:
+            return
+    raise JobRefused(f"job {job_id!r} keeps changing; try again")
+
+
+def _cancelled(current: Round | None) -> Round:
+    return Round(
+        number=(current.number if current else 0) + 1,
+        phase=Phase.CANCELLED,
+        cause=Cause.CANCELLED,
+        restarts=current.restarts if current else (),
+    )
 
 
 def drain_node(store: Store, node_id: NodeId) -> None:
@@ -123,5 +150,6 @@ def _must_agree(mine: JobSpec, other: JobSpec) -> None:
     ours, theirs = (mine.min_nodes, mine.max_nodes), (other.min_nodes, other.max_nodes)
     if ours != theirs:
         raise JobRefused(
-            f"job {mine.job_id!r} runs with --nnodes {theirs[0]}:{theirs[1]}; you gave {ours[0]}:{ours[1]}"
+            f"job {mine.job_id!r} runs with --nnodes {theirs[0]}:{theirs[1]}; you gave {ours[0]}:{ours[1]} "
+            f"(`elasticd cancel {mine.job_id}` ends it)"
         )

@@ -39,6 +39,7 @@ def run_command(arguments: Sequence[str]) -> int:
         return status
     configure_logging(asked["log_level"] or os.environ.get("ELASTICD_LOG_LEVEL", "WARNING"), world_changes=True)
     _limit_threads(asked["nproc"])
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = asked["signals_to_handle"]  # as torchrun passes it on
     folder = Path(tempfile.mkdtemp(prefix="elasticd-"))
     try:
         with _endpoints(asked, folder / "etcd") as endpoints:

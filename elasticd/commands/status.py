@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from elasticd.cluster.jobs import read_checkpoints, read_view
 from elasticd.cluster.store import Store
@@ -142,11 +143,16 @@ def render(found: Mapping[str, Any]) -> Group:
         if job["failure"]:
             failure = job["failure"]
             where = f"node {failure['node_id']}, rank {failure['rank']}, exit code {failure['exit_code']}"
-            parts.append(f"[red]{job['job']}[/red]: first error on {where}: {failure['message']}")
-    parts += [f"[red]unreadable[/red] {key}: {why}" for key, why in found.get("unreadable", {}).items()]
+            parts.append(_wrong(job["job"], f": first error on {where}: {failure['message']}"))
+    parts += [_wrong("unreadable", f" {key}: {why}") for key, why in found.get("unreadable", {}).items()]
     if found.get("store_error"):
-        parts.append(f"[red]etcd does not answer[/red]: {found['store_error']}")
+        parts.append(_wrong("etcd does not answer", f": {found['store_error']}"))
     return Group(*parts)
+
+
+def _wrong(what: str, text: str) -> Text:
+    """Not as markup: in a worker's message brackets are brackets."""
+    return Text.assemble((what, "red"), text)
 
 
 def _nodes_table(nodes: list[Mapping[str, Any]]) -> Table:

@@ -28,6 +28,11 @@ from elasticd.core.view import Job, Keyed, View
 
 #: A silence that began while the store was away too may be our own: wait this long for links to come back.
 RECONNECT_GRACE_S = 1.5
+#: etcd takes 128 comparisons and as many operations in a transaction (--max-txn-ops). In a larger world the last seats
+#: go unguarded: whose holder has just vanished is put out by the next round. An evicted node's key that is not deleted
+#: lapses with its lease.
+MAX_GUARDS = 120
+MAX_EVICTED = 50
 LINGER_S = {Phase.SUCCEEDED: 60, Phase.CANCELLED: 60, Phase.FAILED: 10}
 
 
@@ -67,9 +72,20 @@ class Machine:
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """What to do now, in order. Equal histories give equal effects."""
+        if isinstance(event, messages.StepCompleted | messages.PauseReported):
+            # They come many times a second and say nothing of the world: in a large one, deciding anew takes long.
+            return self._note_step(event, now)
         self.wake_at = None
         effects = list(self._absorb(event, now))
         effects += self._decide(now)
+        return effects
+
+    def _note_step(self, event: Event, now: float) -> list[Effect]:
+        """The deadline moves on; whatever else was to be done at ``wake_at`` still is."""
+        effects = list(self._absorb(event, now))
+        expires_at = self.task.deadline.expires_at() if self.task is not None else None
+        if expires_at is not None:
+            self._wake(expires_at)
         return effects
 
     # --- events change what is known --------------------------------------------------------------
@@ -329,7 +345,9 @@ class Machine:
 
     def _knowledge(self, job: Job, now: float) -> Knowledge:
         """What may count as evidence now: silence that began in an outage of the store may be our own."""
-        links = self.links
+        linked = frozenset(peer.node_id for peer in self._watched)
+        # What was heard of a node while it was a neighbour says nothing of it now.
+        known = links = {node: link for node, link in self.links.items() if node in linked}
         in_grace = now < self.store_back_at + RECONNECT_GRACE_S
         if in_grace or outsider_lost_all(self.node.node_id, job, links):
             links = {n: link for n, link in links.items() if link.down is not Down.SILENT}
@@ -339,22 +357,21 @@ class Machine:
         evidence = Evidence(
             me=self.node.node_id, links=links, store_up_s=store_up_s, lease_ttl_s=self.settings.lease_ttl_s
         )
-        linked = frozenset(peer.node_id for peer in self._watched)
-        return Knowledge(evidence=evidence, links=self.links, linked=linked, drained=frozenset(self.view.drains))
+        return Knowledge(evidence=evidence, links=known, linked=linked, drained=frozenset(self.view.drains))
 
     def _write_round(
         self, task: Task, job: Job, mine: Keyed[Node], wanted: Round, evict: frozenset[NodeId], waited_s: float
     ) -> Iterator[Effect]:
         job_id = task.spec.job_id
         guards = [Guard(key=keys.node(self.node.node_id), create_revision=mine.create_revision)]
-        for seat in wanted.seats:
-            held = job.members[seat.node_id]
-            guards.append(Guard(key=keys.member(job_id, seat.node_id), create_revision=held.create_revision))
-        deletes: list[str] = []
-        for node_id in sorted(evict):
+        deletes = [keys.cancel(job_id)] if wanted.phase.terminal else []  # or it would end the next job of this name
+        for node_id in sorted(evict)[:MAX_EVICTED]:
             known = self.view.nodes.get(node_id)
             guards.append(Guard(key=keys.node(node_id), create_revision=known.create_revision if known else 0))
             deletes += [keys.node(node_id), keys.member(job_id, node_id)]
+        for seat in wanted.seats[: MAX_GUARDS - len(guards)]:
+            held = job.members[seat.node_id]
+            guards.append(Guard(key=keys.member(job_id, seat.node_id), create_revision=held.create_revision))
         linger_s = LINGER_S[wanted.phase] if task.spec.by_run and wanted.phase.terminal else 0
         self._in_flight.add(Write.ROUND)
         yield self._report_round("round_proposed", wanted.number, cause=wanted.cause.value, waited_s=waited_s)

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from elasticd.channel import MAX_LINE_BYTES, Message, decode, encode
+from elasticd.channel import MAX_LINE_BYTES, Channel, Message, decode, encode
 from elasticd.core import messages
 from elasticd.core.messages import Event
 from elasticd.core.model import Failure, JobId, NodeId
-from elasticd.errors import OperatorError, ProtocolError
+from elasticd.errors import ChannelClosed, OperatorError, ProtocolError
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,13 @@ class LocalServer:
 
 
 def _make_room(path: Path) -> None:
+    """Removes what a daemon that was killed left there; the socket of one that lives is not ours to take."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(ChannelClosed):
+        Channel.connect(str(path), timeout_s=1.0).close()
+        raise OperatorError(
+            f"a daemon listens at {path} already: stop it, or give this one a node.id or a node.run_dir of its own"
+        )
     path.unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@ parts do.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import platform
@@ -157,8 +158,15 @@ def _handle_signals(loop: NodeLoop, *, orderly: bool) -> None:
         seen.append(number)
         loop.post(messages.ShutdownRequested(at_once=at_once))
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in _signals_to_handle():
         running.add_signal_handler(number, stop, number)
+
+
+def _signals_to_handle() -> set[signal.Signals]:
+    """torchrun's own variable (--signals-to-handle); names that this system does not know are left out, as there."""
+    names = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT").split(",")
+    catchable = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    return {number for number in catchable if isinstance(number, signal.Signals) and number.name in names}
 
 
 async def _feed_watchdog() -> None:
@@ -187,16 +195,30 @@ def _explain_end(loop: NodeLoop) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
+class _JsonLines(logging.Formatter):
+    """One object a line, whatever the message holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
 def configure_logging(level: str = "", *, as_json: bool = False, world_changes: bool = False) -> None:
     """Standard logging, since torch and grpc log there; JSON lines for log collectors.
 
     ``world_changes``: a change of the world is told at any level, since a person watches.
     """
-    form = (
-        '{"time":"%(asctime)s","level":"%(levelname)s","logger":"%(name)s","message":"%(message)s"}'
-        if as_json
-        else "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s")
     )
-    logging.basicConfig(level=level or os.environ.get("ELASTICD_LOG_LEVEL", "INFO"), format=form, stream=sys.stderr)
+    logging.basicConfig(level=level or os.environ.get("ELASTICD_LOG_LEVEL", "INFO"), handlers=[handler])
     if world_changes:
         world_log.setLevel(logging.INFO)

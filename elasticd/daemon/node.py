@@ -207,7 +207,10 @@ class NodeLoop:
 
         held = self.machine.view.job(caller.job_id).round
         task = self.machine.task
-        if task is None or task.started_round != round_number or (held and held.value.number != round_number):
+        if task is None or task.spec.job_id != caller.job_id:
+            answer(False, f"this node is not in job {caller.job_id}")
+            return
+        if task.started_round != round_number or (held and held.value.number != round_number):
             answer(False, f"round {round_number} is over")
             return
         guard = Compare(key=keys.round_(caller.job_id), mod_revision=held.mod_revision if held else 0)

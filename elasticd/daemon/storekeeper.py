@@ -130,16 +130,18 @@ class StoreKeeper:
 
     def _lease_loop(self) -> None:
         while not self._closing.wait(RETRY_S if self._down else self._ttl_s / 3):
+            lease = self._lease
             try:
-                if self._lease:
-                    self._store.keepalive(self._lease)
+                if lease:
+                    self._store.keepalive(lease)
                 else:
                     self._store.get(keys.PREFIX)
                 self._seen_up()
             except StoreUnavailable:
                 self._seen_down()
             except LeaseLost:
-                self._lease = 0
+                if self._lease == lease:  # the writer may have a new one by now
+                    self._lease = 0
                 self._seen_up()
                 self._post(messages.LeaseLost())
                 self.reload()
@@ -186,6 +188,8 @@ class StoreKeeper:
             case messages.Register():
                 return self._register()
             case messages.PutMember():
+                if not self._lease:  # a record without a lease would outlive this node
+                    return False, 0
                 guard = Compare(key=keys.node(self._node.node_id), create_revision=effect.node_create_revision)
                 key = keys.member(effect.job_id, self._node.node_id)
                 put = Put(key=key, value=to_json(effect.member), lease=self._lease)
@@ -206,10 +210,10 @@ class StoreKeeper:
         operations += [Delete(key=doomed) for doomed in effect.delete_keys]
         if effect.spec is not None:
             operations.append(Put(key=keys.spec(effect.job_id), value=to_json(effect.spec), lease=lease))
-        elif lease:
-            held = self._store.get(keys.spec(effect.job_id))
-            if held is not None:
-                operations.append(Put(key=held.key, value=held.value, lease=lease))
+        if lease:  # all that the job leaves behind goes with its last record
+            held = [self._store.get(key(effect.job_id)) for key in (keys.spec, keys.checkpoint)]
+            written = {operation.key for operation in operations}
+            operations += [Put(key=kv.key, value=kv.value, lease=lease) for kv in held if kv and kv.key not in written]
         result = self._store.txn(compares, operations)
         return result.succeeded, result.revision if result.succeeded else 0
 

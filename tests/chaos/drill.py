@@ -10,8 +10,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import pytest
-
 from elasticd.testing import validators
 from elasticd.testing.cluster import Cluster, ClusterSpec
 from elasticd.testing.history import Event, Trained, events_of
@@ -20,8 +18,6 @@ from elasticd.testing.validators import Pause, Violation
 SEED = int(os.environ.get("ELASTICD_CHAOS_SEED", "1"))
 #: Generous, since other work may share the machine; the bench measures what is usual.
 RECOVERY_S = 8.0
-#: Whether the test's own part passed; its judgement comes after it.
-PASSED = pytest.StashKey[bool]()
 SCRIPT = str(Path(__file__).with_name("train.py"))
 LEASE_TTL_S = 5
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from drill import LEASE_TTL_S, PASSED, RECOVERY_S, SEED, Drill, make_cluster
+from conftest import PASSED
+from drill import LEASE_TTL_S, RECOVERY_S, SEED, Drill, make_cluster
 
 from elasticd.testing import validators
 from elasticd.testing.cluster import Cluster

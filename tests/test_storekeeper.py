@@ -1,0 +1,101 @@
+"""The daemon's end of the store, thread by thread, on the store in memory; whole loops are in test_node_loop.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from elasticd.core import keys, messages
+from elasticd.core.messages import Event, WriteFinished
+from elasticd.core.model import BootId, Capacity, Cause, JobId, JobSpec, Member, Node, NodeId, Phase, Round
+from elasticd.core.records import to_json
+from elasticd.daemon.storekeeper import StoreKeeper
+from elasticd.errors import LeaseLost
+from elasticd.testing.memory_store import MemoryStore
+
+ME = NodeId("a")
+JOB = JobId("job")
+NODE = Node(
+    node_id=ME,
+    boot_id=BootId("life"),
+    host="a",
+    address="127.0.0.1",
+    peer_port=1,
+    metrics_port=1,
+    capacity=Capacity(cpu_count=1, memory_bytes=1),
+)
+MEMBER = Member(node_id=ME, boot_id=NODE.boot_id, address=NODE.address, nproc=1)
+
+
+@pytest.fixture
+def store() -> Iterator[MemoryStore]:
+    made = MemoryStore()
+    yield made
+    made.close()
+
+
+def keeper_of(store: MemoryStore, heard: list[Event]) -> StoreKeeper:
+    """One whose threads are not started: the test is each of them in turn."""
+    return StoreKeeper(store, NODE, 1, heard.append, lambda error: pytest.fail(str(error)), lambda _node: False)
+
+
+def test_a_lease_that_is_found_lost_late_does_not_cost_the_new_one(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer registers on a new lease while the answer about the old one is on its way."""
+    keeper = keeper_of(store, [])
+    keeper._carry_out(messages.Register())
+    old = keeper._lease
+
+    def keepalive(lease: int) -> float:
+        store.revoke(old)
+        keeper._lease = 0
+        keeper._carry_out(messages.Register())
+        keeper._closing.set()
+        raise LeaseLost(str(lease))
+
+    monkeypatch.setattr(store, "keepalive", keepalive)
+    keeper._lease_loop()
+    held = store.get(keys.node(ME))
+    assert held is not None
+    assert keeper._lease == held.lease != old
+
+
+def test_no_member_record_is_written_without_a_lease(store: MemoryStore) -> None:
+    """It would outlive its node."""
+    heard: list[Event] = []
+    keeper = keeper_of(store, heard)
+    keeper._carry_out(messages.Register())
+    held = store.get(keys.node(ME))
+    assert held is not None
+    keeper._lease = 0
+    put = messages.PutMember(job_id=JOB, member=MEMBER, node_create_revision=held.create_revision)
+    keeper._carry_out(put)
+    assert store.get(keys.member(JOB, ME)) is None
+    assert heard[-1] == WriteFinished(write=messages.Write.MEMBER, succeeded=False)
+    keeper._lease = held.lease
+    keeper._carry_out(put)
+    assert store.get(keys.member(JOB, ME)) is not None
+
+
+def test_all_that_a_run_leaves_behind_goes_with_its_last_record(store: MemoryStore) -> None:
+    heard: list[Event] = []
+    keeper = keeper_of(store, heard)
+    spec = JobSpec(job_id=JOB, min_nodes=1, max_nodes=1, command=("x",), by_run=True)
+    for key, value in ((keys.spec(JOB), to_json(spec)), (keys.checkpoint(JOB), "{}"), (keys.cancel(JOB), "1")):
+        store.put(key, value)
+    last = Round(number=1, phase=Phase.CANCELLED, cause=Cause.CANCELLED)
+    keeper._carry_out(
+        messages.ProposeRound(
+            job_id=JOB,
+            round=last,
+            expected_mod_revision=0,
+            guards=(),
+            delete_keys=(keys.cancel(JOB),),
+            linger_s=60,
+        )
+    )
+    left = {entry.key: entry.lease for entry in store.snapshot(keys.PREFIX).entries}
+    assert set(left) == {keys.spec(JOB), keys.round_(JOB), keys.checkpoint(JOB)}
+    assert 0 not in left.values()
