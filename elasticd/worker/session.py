@@ -73,7 +73,7 @@ class Session:
     finely which (``checkpoint.retention.Keep``). ``seed`` seeds the random states and the order of samples. ``device``
     overrides the choice of the GPU of this local rank. ``save_timeout_s``: for how long a save waits for a rank that is
     silent (one that died fails it at once). It must be longer than the slowest rank takes to write its part: a save
-    that times out ends the process.
+    that times out ends the process. Saving keeps a copy of this rank's state in host memory.
 
     ConfigError when the directory is not writable or the environment is not whole.
     """
