@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,15 @@ def test_a_pace_is_kept_and_time_that_was_not_used_is_not_saved_up() -> None:
     pace.read(500)
     pace.read(500)
     assert now[0] == pytest.approx(153.0)
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 4 << 20, (4 << 20) + 1, (12 << 20) + 5])
+def test_a_file_is_described_whatever_its_size(tmp_path: Path, size_bytes: int) -> None:
+    content = random.Random(1).randbytes(size_bytes)
+    (tmp_path / "file").write_bytes(content)
+    for pace in (None, Pace(0)):
+        entry = storage.describe_file(tmp_path / "file", pace)
+        assert (entry.size_bytes, entry.crc32) == (size_bytes, zlib.crc32(content))
 
 
 # --- the commands ---

@@ -62,17 +62,23 @@ def figures_of(ranks: int, gb: int, turns: Sequence[Turn]) -> list[Figure]:
     figure = partial(Figure, experiment="checkpoint")
     stall, save, restore = f"{size}: the step waits", f"{size}: durable save", f"{size}: verified restore"
     times = "copies"
-    of_plain = "% of the disk's time"
+    ours_of_disks = f"{ELASTICD}, of the disk's"
     return [
-        figure(what=stall, system=ELASTICD, unit=times, samples=samples(stall_ratio), goal=Goal(at_most=1.2)),
+        figure(
+            what=stall,
+            system=f"{ELASTICD}, of the copy's",
+            unit=times,
+            samples=samples(stall_ratio),
+            goal=Goal(at_most=1.2),
+        ),
         seconds(stall, ELASTICD, "stall"),
         seconds(stall, DCP_ASYNC, "dcp stall"),
         seconds(stall, "torch's stager", "torch's stager"),
         seconds(stall, "one memory copy", "memory copy"),
         figure(
             what=save,
-            system=ELASTICD,
-            unit=of_plain,
+            system=ours_of_disks,
+            unit="%",
             samples=samples(lambda turn: 1e4 / write_percent(turn, "save")),
             goal=Goal(at_most=100 / 0.9),
         ),
@@ -81,16 +87,16 @@ def figures_of(ranks: int, gb: int, turns: Sequence[Turn]) -> list[Figure]:
         seconds(save, TORCH_SAVE, "torch.save"),
         seconds(save, DISK, "disk write"),
         figure(
-            what=f"{size}: checksums, of a durable write",
-            system=ELASTICD,
+            what=f"{size}: checksums",
+            system=f"{ELASTICD}, of the write's",
             unit="%",
             samples=samples(lambda turn: 100 * turn["checksum"] / turn["sealed write"]),
             goal=Goal(at_most=5),
         ),
         figure(
             what=restore,
-            system=ELASTICD,
-            unit=of_plain,
+            system=ours_of_disks,
+            unit="%",
             samples=samples(lambda turn: 1e4 / read_percent(turn)),
             goal=Goal(at_most=100 / 0.9),
         ),

@@ -84,8 +84,6 @@ class _Ranks:
             ("dcp save", self._dcp_save),
             ("torch.save", self._torch_save),
         ]
-        timed("memory copy", self._copy)
-        timed("torch's stager", lambda: self._stager.stage(self._state))
         for name, work in writes if self._turns % 2 else reversed(writes):
             timed(name, work)
             if name == "disk write":
@@ -97,7 +95,10 @@ class _Ranks:
                 self._drop_caches(self._directory / "dcp")
                 timed("dcp load", lambda: dcp_load(self._state, checkpoint_id=self._directory / "dcp"))
         timed("sealed write", lambda: found.update(checksum=self._write_sealed()))
-        timed("stall", lambda: self._background.start(self._state, 2 * self._turns + 1))
+        timed("memory copy", self._copy)
+        timed("torch's stager", lambda: self._stager.stage(self._state))
+        self._background.start(self._state, 2 * self._turns + 1)
+        found["stall"] = _slowest(self._background.counts.last_stall_s)
         self._background.wait()
         pending: list[Any] = []
         timed("dcp stall", lambda: pending.append(dcp_async_save(self._state, checkpoint_id=self._fresh("async"))))
@@ -174,7 +175,11 @@ def _timed(work: Callable[[], Any]) -> float:
     dist.barrier()
     started = time.perf_counter()
     work()
-    took = torch.tensor([time.perf_counter() - started], dtype=torch.float64)
+    return _slowest(time.perf_counter() - started)
+
+
+def _slowest(seconds: float) -> float:
+    took = torch.tensor([seconds], dtype=torch.float64)
     dist.all_reduce(took, op=dist.ReduceOp.MAX)
     return took.item()
 
