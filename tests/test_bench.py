@@ -19,7 +19,7 @@ from elasticd.bench.overhead import percent_lost, steps_per_second
 from elasticd.bench.recovery import seconds_to_step
 from elasticd.bench.rendezvous import milliseconds_to_enter
 from elasticd.bench.rendezvous_handlers import milliseconds_to_hold
-from elasticd.bench.report import document, make_table, print_report, quantity, write_document
+from elasticd.bench.report import document, make_markdown, make_table, print_report, quantity, write_document
 from elasticd.bench.restart import first_new_step
 from elasticd.errors import ElasticdError
 from elasticd.testing.history import Event, Trained
@@ -185,6 +185,14 @@ def test_a_terminal_gets_the_same_cells() -> None:
     one = figure(0.5, goal=Goal(at_most=1.0))
     plain, rich = make_table([one], plain=True), make_table([one], plain=False)
     assert [list(column.cells) for column in plain.columns] == [list(column.cells) for column in rich.columns]
+
+
+def test_a_readme_gets_the_same_cells() -> None:
+    one = figure(0.5, "no step", goal=Goal(at_most=1.0))
+    header, rule, row, *_ = make_markdown(MACHINE, [one]).splitlines()
+    cells = [next(iter(column.cells)) for column in make_table([one], plain=True).columns]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [str(cell) for cell in cells]
+    assert header.count("|") == rule.count("|") == row.count("|")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from elasticd.core.records import to_json
 from elasticd.core.rendezvous import seat_members
 from elasticd.core.stages import Stage
 from elasticd.core.view import Entry
+from elasticd.daemon.node import merge_changes
 
 JOB = JobId("large")
 #: etcd's --max-txn-ops, by default.
@@ -152,3 +153,19 @@ def test_a_step_neither_decides_anew_nor_forgets_what_was_due() -> None:
     assert [world.handle(replace(done, step=step), 11.0) for step in range(1, 9)] == [[]] * 8
     assert world.machine.wake_at == 12.0
     assert world.machine.view is before
+
+
+def test_what_piles_up_while_the_loop_is_busy_is_decided_upon_once() -> None:
+    def changed(revision: int) -> messages.KeysChanged:
+        return messages.KeysChanged(entries=(Entry(key=f"k{revision}", value="v"),), revision=revision)
+
+    back = messages.StoreBack()
+    merged = merge_changes([changed(1), changed(2), back, changed(3), changed(4), changed(5), back])
+    assert [type(event) for event in merged] == [
+        messages.KeysChanged,
+        messages.StoreBack,
+        messages.KeysChanged,
+        messages.StoreBack,
+    ]
+    assert [entry.key for entry in merged[2].entries] == ["k3", "k4", "k5"]
+    assert merged[2].revision == 5

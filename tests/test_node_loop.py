@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -34,8 +35,11 @@ class Silent:
 class Agent:
     """Connects as an agent would; remembers the rounds that it was told to start."""
 
+    #: All agents share an address here, so a port must be of one of them only.
+    ports = itertools.count(40000)
+
     def __init__(self, path: Path) -> None:
-        self.path, self.rounds, self.ports = path, [], iter(range(40000, 50000))
+        self.path, self.rounds = path, []
         self.task: asyncio.Task[None] | None = None
         self.writer: asyncio.StreamWriter | None = None
 

@@ -11,7 +11,7 @@ from elasticd.core.messages import Event, WriteFinished
 from elasticd.core.model import BootId, Capacity, Cause, JobId, JobSpec, Member, Node, NodeId, Phase, Round
 from elasticd.core.records import to_json
 from elasticd.daemon.storekeeper import StoreKeeper
-from elasticd.errors import LeaseLost
+from elasticd.errors import LeaseLost, OperatorError
 from elasticd.testing.memory_store import MemoryStore
 
 ME = NodeId("a")
@@ -99,3 +99,9 @@ def test_all_that_a_run_leaves_behind_goes_with_its_last_record(store: MemorySto
     left = {entry.key: entry.lease for entry in store.snapshot(keys.PREFIX).entries}
     assert set(left) == {keys.spec(JOB), keys.round_(JOB), keys.checkpoint(JOB)}
     assert 0 not in left.values()
+
+
+def test_a_record_of_our_own_id_that_cannot_be_read_is_the_operators(store: MemoryStore) -> None:
+    store.put(keys.node(ME), '{"from": "the future"}')
+    with pytest.raises(OperatorError, match="node id 'a' in etcd cannot be read"):
+        keeper_of(store, [])._carry_out(messages.Register())

@@ -28,7 +28,7 @@ from elasticd.bench import (
 from elasticd.bench.figures import ELASTICD, Figure, Goal, all_hold
 from elasticd.bench.machine import describe_machine
 from elasticd.bench.options import Options
-from elasticd.bench.report import document, print_report, write_document
+from elasticd.bench.report import document, make_markdown, print_report, write_document
 from elasticd.errors import ElasticdError
 
 OUT = Path("out/bench.json")
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures += run_experiment(name, options)
     written = document(machine, figures, time.monotonic() - started)
     write_document(asked.out, written)
+    asked.out.with_suffix(".md").write_text(make_markdown(machine, figures))
     print_report(machine, figures)
     if asked.json:
         print(json.dumps(written))

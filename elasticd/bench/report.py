@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,13 +50,26 @@ def make_table(figures: Sequence[Figure], *, plain: bool) -> Table:
     for name in ("n", "p50", "max", "goal"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
+    for figure, cells in zip(figures, _cells(figures), strict=True):
+        table.add_row(*cells, _verdict(figure))
+    return table
+
+
+def make_markdown(machine: MachineName, figures: Sequence[Figure]) -> str:
+    """The same table for a README."""
+    lines = ["| measured | system | n | p50 | max | goal | |", "|---|---|--:|--:|--:|--:|---|"]
+    for figure, cells in zip(figures, _cells(figures), strict=True):
+        lines.append(f"| {' | '.join([*cells, _verdict(figure).plain])} |")
+    return "\n".join([*lines, "", *machine.lines()]) + "\n"
+
+
+def _cells(figures: Sequence[Figure]) -> Iterator[list[str]]:
     before = ""
     for figure in figures:
         what = figure.what if figure.what != before else ""
         before = figure.what
         numbers = [_quantity(number, figure.unit) for number in (figure.p50, figure.max)]
-        table.add_row(what, figure.system, str(len(figure.samples)), *numbers, _goal(figure), _verdict(figure))
-    return table
+        yield [what, figure.system, str(len(figure.samples)), *numbers, _goal(figure)]
 
 
 def _goal(figure: Figure) -> str:

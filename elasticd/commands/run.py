@@ -38,12 +38,13 @@ def run_command(arguments: Sequence[str]) -> int:
     if asked is None:
         return status
     configure_logging(asked["log_level"] or os.environ.get("ELASTICD_LOG_LEVEL", "WARNING"), world_changes=True)
+    spec = make_spec(asked)
     _limit_threads(asked["nproc"])
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = asked["signals_to_handle"]  # as torchrun passes it on
     folder = Path(tempfile.mkdtemp(prefix="elasticd-"))
     try:
         with _endpoints(asked, folder / "etcd") as endpoints:
-            return run_job(_config(asked, endpoints, folder), make_spec(asked), _launch(asked))
+            return run_job(_config(asked, endpoints, folder), spec, _launch(asked))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -147,6 +148,12 @@ def _config(asked: dict[str, Any], endpoints: tuple[str, ...], folder: Path) -> 
     if not config.links.tls and not config.is_on_loopback:
         logging.getLogger(__name__).warning(
             "links to other nodes are plain text, as torchrun's are; --config FILE with [links] encrypts them"
+        )
+    if config.is_on_loopback and asked["max_nodes"] > 1 and asked["rdzv_endpoint"]:
+        click.echo(
+            f"elasticd: the others know this node as {config.address}, which only this machine reaches; for nodes on "
+            "other machines name etcd by its own address, or give --local-addr",
+            err=True,
         )
     return replace(config, python=os.environ.get("PYTHON_EXEC", ""))
 

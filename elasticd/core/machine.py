@@ -33,6 +33,8 @@ RECONNECT_GRACE_S = 1.5
 #: lapses with its lease.
 MAX_GUARDS = 120
 MAX_EVICTED = 50
+#: What is left of a submitted job that is over can be asked for as long.
+KEPT_S = 7 * 24 * 3600
 LINGER_S = {Phase.SUCCEEDED: 60, Phase.CANCELLED: 60, Phase.FAILED: 10}
 
 
@@ -372,7 +374,9 @@ class Machine:
         for seat in wanted.seats[: MAX_GUARDS - len(guards)]:
             held = job.members[seat.node_id]
             guards.append(Guard(key=keys.member(job_id, seat.node_id), create_revision=held.create_revision))
-        linger_s = LINGER_S[wanted.phase] if task.spec.by_run and wanted.phase.terminal else 0
+        linger_s = 0
+        if wanted.phase.terminal:
+            linger_s = LINGER_S[wanted.phase] if task.spec.by_run else KEPT_S
         self._in_flight.add(Write.ROUND)
         yield self._report_round("round_proposed", wanted.number, cause=wanted.cause.value, waited_s=waited_s)
         yield messages.ProposeRound(

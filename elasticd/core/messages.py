@@ -251,7 +251,7 @@ class ProposeRound:
     expected_mod_revision: int
     guards: tuple[Guard, ...]
     delete_keys: tuple[str, ...] = ()
-    #: A run's last record goes away by itself after this time; 0 keeps it.
+    #: A job's last record goes away by itself after this time; 0 keeps it.
     linger_s: int = 0
     #: The job's spec, when the store has lost it.
     spec: JobSpec | None = None

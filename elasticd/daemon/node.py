@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -71,6 +73,8 @@ class NodeLoop:
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
         self._parts = contextlib.AsyncExitStack()
+        self._inbox: list[Event] = []
+        self._inbox_lock = threading.Lock()
         self.local = LocalServer(setup.node.node_id, self.post, self._observe, self._commit)
 
     async def start(self) -> None:
@@ -113,8 +117,18 @@ class NodeLoop:
         self._schedule(now)
 
     def post_threadsafe(self, event: Event) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.post, event)
+        """From any thread, in order. What piles up while the loop is busy is decided upon once."""
+        with self._inbox_lock:
+            self._inbox.append(event)
+            first = len(self._inbox) == 1
+        if first and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._take_inbox)
+
+    def _take_inbox(self) -> None:
+        with self._inbox_lock:
+            events, self._inbox = self._inbox, []
+        for event in merge_changes(events):
+            self.post(event)
 
     def agent_missed(self, pid: int, reason: str) -> None:
         """The launcher's agent is gone; if it never said hello here, nobody else will tell the machine."""
@@ -238,6 +252,19 @@ class NodeLoop:
 
 _WORLD_EVENTS = ("round_seen", "fenced", "workers_failed")
 _WARNINGS = ("workers_failed", "torch_versions_differ", "lease_lost", "agent_lost")
+
+
+def merge_changes(events: Iterable[Event]) -> list[Event]:
+    """Changes of the store that follow one another as one: at a thousand nodes each decision costs milliseconds, and
+    only the last of them matters."""
+    merged: list[Event] = []
+    for event in events:
+        last = merged[-1] if merged else None
+        if isinstance(event, messages.KeysChanged) and isinstance(last, messages.KeysChanged):
+            merged[-1] = messages.KeysChanged(entries=last.entries + event.entries, revision=event.revision)
+        else:
+            merged.append(event)
+    return merged
 
 
 def _with_port(node: Node, peer_port: int) -> Node:

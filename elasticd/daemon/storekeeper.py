@@ -19,7 +19,15 @@ from elasticd.core.messages import Event, Write
 from elasticd.core.model import Node
 from elasticd.core.records import from_json, to_json
 from elasticd.core.view import Entry
-from elasticd.errors import Compacted, DuplicateNode, ElasticdError, LeaseLost, OperatorError, StoreUnavailable
+from elasticd.errors import (
+    Compacted,
+    DuplicateNode,
+    ElasticdError,
+    LeaseLost,
+    OperatorError,
+    ProtocolError,
+    StoreUnavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +241,13 @@ class StoreKeeper:
         return result.succeeded, result.revision if result.succeeded else 0
 
     def _yield_to_living(self, held: KeyValue) -> None:
-        other = from_json(Node, held.value)
+        try:
+            other = from_json(Node, held.value)
+        except ProtocolError as error:
+            raise OperatorError(
+                f"the record of node id {self._node.node_id!r} in etcd cannot be read ({error}): a daemon of another "
+                f"version may hold it; give this node an id of its own (node.id), or delete {held.key}"
+            ) from error
         if other.boot_id != self._node.boot_id and self._is_alive(other):
             raise DuplicateNode(
                 f"node id {other.node_id!r} is held by a live daemon on {other.host} ({other.address}:"
