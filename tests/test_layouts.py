@@ -26,8 +26,8 @@ LAYOUTS = {"fsdp2 on 4": 4, "hsdp 2x1": 2, "hsdp 2x2": 4, "ddp on 1": 1, "ddp on
 STEPS = 3
 
 
-def build(layout: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(17 + dist.get_rank())  # a restore must not depend on equal first values
+def build(layout: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
     model: nn.Module = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
     kind, size = layout.split(maxsplit=1)[0], dist.get_world_size()
     if kind == "ddp":
@@ -60,9 +60,9 @@ def seen(session: Session, model: nn.Module, optimizer: torch.optim.Optimizer, s
     return {"state": state, "cursor": cursor, "step": session.step, "lr": scheduler.get_last_lr()}
 
 
-def open_session(directory: Path, layout: str) -> tuple[Session, nn.Module, torch.optim.Optimizer, object]:
+def open_session(directory: Path, layout: str, seed: int) -> tuple[Session, nn.Module, torch.optim.Optimizer, object]:
     session = Session(checkpoint_dir=directory, seed=5)
-    model, optimizer = build(layout)
+    model, optimizer = build(layout, seed)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
     session.register(model=model, optimizer=optimizer, extra={"scheduler": scheduler})
     return session, model, optimizer, scheduler
@@ -71,7 +71,8 @@ def open_session(directory: Path, layout: str) -> tuple[Session, nn.Module, torc
 def save_under(layout: str, directory: Path, dump: Path) -> None:
     """Run by a rank: train, save, say with what it ended, and what one more step would make of it."""
     dist.init_process_group("gloo")
-    session, model, optimizer, scheduler = open_session(directory, layout)
+    # FSDP2 and DTensor do not make replicas equal, as DDP does: the script must.
+    session, model, optimizer, scheduler = open_session(directory, layout, 17)
     with session:
         session.restore()
         for step in session.steps(until=STEPS):
@@ -91,7 +92,8 @@ def restore_under(layout: str, directories: list[tuple[Path, Path]]) -> None:
     """Run by a rank: take up each of the checkpoints in turn."""
     dist.init_process_group("gloo")
     for directory, dump in directories:
-        session, model, optimizer, scheduler = open_session(directory, layout)
+        # A restore must not depend on equal first values.
+        session, model, optimizer, scheduler = open_session(directory, layout, 100 + dist.get_rank())
         with session:
             assert session.restore() == STEPS
             expected = torch.load(dump)
