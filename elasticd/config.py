@@ -25,7 +25,8 @@ from elasticd.core.model import JobId, JobSpec, Topology
 from elasticd.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+#: Names of nodes and jobs: they are parts of keys in etcd and of file names.
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _NODES = re.compile(r"[0-9]+(:[0-9]+)?")
 _ENV_NAME = re.compile(r"[^=\0]+")
 
@@ -139,7 +140,7 @@ class LaunchOptions:
 
 
 def _name(value: str) -> str:
-    if not _NAME.fullmatch(value):
+    if not NAME_PATTERN.fullmatch(value):
         raise ValueError(f"{value!r}: letters, digits, '.', '_' and '-' only, a letter or digit first, 63 at most")
     return value
 

@@ -13,7 +13,6 @@ import atexit
 import contextlib
 import logging
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -28,7 +27,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from elasticd.channel import Channel, Message
 from elasticd.cluster.jobs import prepare_job
-from elasticd.config import DaemonConfig, LinksConfig, config_for_run
+from elasticd.config import NAME_PATTERN, DaemonConfig, LinksConfig, config_for_run
 from elasticd.core.machine import Machine
 from elasticd.core.messages import Report, ShutdownRequested
 from elasticd.core.model import Capacity, JobId, JobSpec, NodeId
@@ -154,7 +153,7 @@ def _config(params: RendezvousParameters, run_dir: str) -> DaemonConfig:
 
 
 def _spec(params: RendezvousParameters) -> JobSpec:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", params.run_id):
+    if not NAME_PATTERN.fullmatch(params.run_id):
         raise ConfigError(f"--rdzv-id {params.run_id!r}: letters, digits, '.', '_' and '-' only, 63 at most")
     return JobSpec(
         job_id=JobId(params.run_id),

@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,12 +22,11 @@ from typing import Any
 import click
 
 from elasticd.cluster.embedded import EmbeddedEtcd
-from elasticd.config import DaemonConfig, LaunchOptions, config_for_run, load_daemon
+from elasticd.config import NAME_PATTERN, DaemonConfig, LaunchOptions, config_for_run, load_daemon
 from elasticd.core.model import JobId, JobSpec, Topology
 from elasticd.daemon.main import configure_logging, run_job
 from elasticd.errors import ConfigError, OperatorError
 
-_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 DEFAULT_STOP_TIMEOUT_S = 5.0
 
 
@@ -74,7 +72,7 @@ def parse_apart(arguments: Sequence[str]) -> tuple[int, dict[str, Any] | None]:
 def make_spec(asked: dict[str, Any]) -> JobSpec:
     """The job as this node would have it; ConfigError names the flag."""
     job_id = asked["rdzv_id"]
-    if not re.fullmatch(_ID, job_id):
+    if not NAME_PATTERN.fullmatch(job_id):
         raise ConfigError(f"--rdzv-id {job_id!r}: letters, digits, '.', '_' and '-' only, 63 at most")
     if job_id == "none" and asked["max_nodes"] == 1:  # nobody else is to find it by this name
         job_id = f"none-{uuid.uuid4().hex[:8]}"
