@@ -1,4 +1,5 @@
-"""The command line: ``elasticd serve | run | submit | status | cancel | drain | undrain | demo``.
+"""The command line: ``elasticd serve | run | submit | status | cancel | drain | undrain | checkpoints |
+demo``.
 
 Each command is a thin layer over a package that does the work, imported when the command runs. An operator's mistake is
 one line on stderr and exit status 2 (systemd's RestartPreventExitStatus), never a traceback. Not here: any behaviour.
@@ -115,6 +116,101 @@ def status(watch: bool, as_json: bool, endpoints: str, config: str) -> int:  # n
     from elasticd.commands.status import show_status
 
     return show_status(endpoints, config, watch=watch, as_json=as_json)
+
+
+@cli.group()
+def checkpoints() -> None:
+    """Look at, verify, pin, prune and export the checkpoints in a directory."""
+
+
+def _directory(command: F) -> F:
+    return click.argument("directory")(command)
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+
+
+@checkpoints.command()
+@_directory
+@_json
+def ls(directory: str, as_json: bool) -> int:  # noqa: FBT001
+    """List them, newest first. Looks at manifests and sizes; reads no data."""
+    from elasticd.commands.checkpoints import list_checkpoints
+
+    return list_checkpoints(directory, as_json=as_json)
+
+
+@checkpoints.command()
+@_directory
+@click.argument("steps", nargs=-1, type=int)
+@click.option("--rate", default=0.0, help="At most so many MB/s (default: as fast as it goes).")
+@_json
+def verify(directory: str, steps: tuple[int, ...], rate: float, as_json: bool) -> int:  # noqa: FBT001
+    """Read every byte from the disk and compare checksums. Exit status 1 when a checkpoint is damaged.
+
+    To scrub old checkpoints, run it from a timer with a --rate that the disk can spare.
+    """
+    from elasticd.commands.checkpoints import verify_checkpoints
+
+    return verify_checkpoints(directory, steps, rate_mb_s=rate, as_json=as_json)
+
+
+@checkpoints.command()
+@_directory
+@click.argument("step", type=int)
+@_json
+def inspect(directory: str, step: int, as_json: bool) -> int:  # noqa: FBT001
+    """Show the manifest, the files and the tensors of one."""
+    from elasticd.commands.checkpoints import inspect_checkpoint
+
+    return inspect_checkpoint(directory, step, as_json=as_json)
+
+
+@checkpoints.command()
+@_directory
+@click.option("--keep", default=3, show_default=True, help="The newest so many stay.")
+@click.option("--each-steps", default=0, help="And the first of every so many steps.")
+@click.option("--each-hours", default=0.0, help="And the first of every so many hours.")
+@click.option("--temporary", is_flag=True, help="And what was never completed: only while no job saves there.")
+@click.option("--dry-run", is_flag=True, help="Only say which would go.")
+@_json
+def prune(
+    directory: str,
+    keep: int,
+    each_steps: int,
+    each_hours: float,
+    temporary: bool,  # noqa: FBT001
+    dry_run: bool,  # noqa: FBT001
+    as_json: bool,  # noqa: FBT001
+) -> int:
+    """Remove old ones. Pinned and damaged ones, and those being written, are left alone."""
+    from elasticd.checkpoint.retention import Keep
+    from elasticd.commands.checkpoints import prune_checkpoints
+
+    wanted = Keep(last=keep, each_steps=each_steps, each_hours=each_hours)
+    return prune_checkpoints(directory, wanted, temporary=temporary, dry_run=dry_run, as_json=as_json)
+
+
+@checkpoints.command()
+@_directory
+@click.argument("step", type=int)
+@click.option("--off", is_flag=True, help="Pin it no longer.")
+def pin(directory: str, step: int, off: bool) -> int:  # noqa: FBT001
+    """Keep one whatever retention says."""
+    from elasticd.commands.checkpoints import pin_checkpoint
+
+    return pin_checkpoint(directory, step, pinned=not off)
+
+
+@checkpoints.command()
+@_directory
+@click.argument("step", type=int)
+@click.argument("target")
+def export(directory: str, step: int, target: str) -> int:
+    """Write the model of one as safetensors into the new directory TARGET, after it has verified."""
+    from elasticd.commands.checkpoints import export_checkpoint
+
+    return export_checkpoint(directory, step, target)
 
 
 @cli.command()

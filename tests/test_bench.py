@@ -8,6 +8,7 @@ import json
 import pytest
 
 from elasticd.bench import __main__ as bench
+from elasticd.bench import checkpoint
 from elasticd.bench.balance import BEFORE, SETTLING, percent_missing, read_run
 from elasticd.bench.figures import ELASTICD, TUNED, Figure, Goal, all_hold
 from elasticd.bench.idle import Usage, all_linked, cpu_percent
@@ -318,3 +319,40 @@ def test_torchrun_accepts_the_flags_that_it_is_compared_with(flags: TorchrunFlag
     assert conf["is_host"] == "1"
     assert all(int(value) >= 0 for value in conf.values())
     assert parsed.training_script.endswith("plain_ddp.py")
+
+
+# --- checkpoints ---
+
+TURN = {
+    "memory copy": 0.05,
+    "torch's stager": 0.06,
+    "stall": 0.055,
+    "dcp stall": 0.2,
+    "disk write": 1.0,
+    "save": 1.1,
+    "dcp save": 1.5,
+    "torch.save": 1.4,
+    "sealed write": 1.0,
+    "checksum": 0.02,
+    "disk read": 0.5,
+    "restore": 0.5,
+    "dcp load": 0.7,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "missed"),
+    [
+        ({}, 0),
+        ({"stall": 0.061}, 1),
+        ({"save": 1.12}, 1),
+        ({"checksum": 0.06}, 1),
+        ({"restore": 0.56}, 1),
+        ({"dcp save": 99.0, "dcp load": 99.0, "torch.save": 99.0}, 0),
+    ],
+)
+def test_the_goals_of_checkpoints_are_ratios_within_one_turn(changes: dict[str, float], missed: int) -> None:
+    figures = checkpoint.figures_of(2, 1, [{**TURN, **changes}] * 3)
+    judged = [figure.holds for figure in figures if figure.goal is not None]
+    assert len(judged) == 4
+    assert judged.count(False) == missed

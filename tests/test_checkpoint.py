@@ -33,6 +33,7 @@ from elasticd.checkpoint.manifest import (
     encode_manifest,
 )
 from elasticd.checkpoint.restore import agree_on_newest, find_newest, load_into
+from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saver
 from elasticd.errors import CheckpointInvalid, ConfigError, SaveFailed
 
@@ -41,8 +42,8 @@ def state_of(value: float) -> dict:
     return {"model": {"weight": torch.full((300,), value), "bias": torch.full((7,), -value)}, "note": f"of {value}"}
 
 
-def saver(directory: Path, **more: object) -> Saver:
-    return Saver(directory, **{"group": None, "job_id": "j", "round_number": 1, "keep": 3, **more})
+def saver(directory: Path, *, keep: int = 3, **more: object) -> Saver:
+    return Saver(directory, **{"group": None, "job_id": "j", "round_number": 1, "keep": Keep(last=keep), **more})
 
 
 def save(directory: Path, *steps: int, **more: object) -> None:
@@ -94,22 +95,23 @@ def test_durable_before_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     torch's own writer flushes .metadata while it is still empty, and no directory at all (TORCH.md, defect 5).
     """
-    flushed: dict[str, tuple[int, bool]] = {}  # path -> its size when it was flushed last, and the name it had
+    flushed: dict[int, tuple[int, bool]] = {}  # inode -> its size when it was flushed last, and whether it was visible
     real_fsync = os.fsync
 
     def fsync(descriptor: int) -> None:
         real_fsync(descriptor)
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        flushed[path] = (os.fstat(descriptor).st_size, (tmp_path / "step-8").exists())
+        found = os.fstat(descriptor)
+        flushed[found.st_ino] = (found.st_size, (tmp_path / "step-8").exists())
 
     monkeypatch.setattr(os, "fsync", fsync)
     save(tmp_path, 8)
-    temporary, final = tmp_path / "step-8.r1.tmp", tmp_path / "step-8"
+    final = tmp_path / "step-8"
     for name in names(final):
-        assert flushed[str(temporary / name)] == ((final / name).stat().st_size, False), name
-    assert flushed[str(temporary)][1] is False
-    assert flushed[str(tmp_path)][1] is True
-    assert list(flushed)[-2:] == [str(temporary), str(tmp_path)]
+        found = (final / name).stat()
+        assert flushed[found.st_ino] == (found.st_size, False), name
+    assert flushed[final.stat().st_ino][1] is False
+    assert flushed[tmp_path.stat().st_ino][1] is True
+    assert list(flushed)[-2:] == [final.stat().st_ino, tmp_path.stat().st_ino]
 
 
 def test_the_names_on_the_way_to_a_new_directory_are_flushed_too(
@@ -358,7 +360,7 @@ def test_that_an_old_one_cannot_be_removed_does_not_fail_the_save(
             (in_the_way / "file").touch()
             super()._prune(newest)
 
-    late = Late(tmp_path, group=None, job_id="j", round_number=7, keep=1)
+    late = Late(tmp_path, group=None, job_id="j", round_number=7, keep=Keep(last=1))
     assert late.save(state_of(2.0), 2).fresh
     assert "old checkpoints were not removed" in caplog.text
     assert newest_step(tmp_path) == 2

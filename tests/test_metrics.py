@@ -44,6 +44,7 @@ from elasticd.metrics import definitions, training
 from elasticd.metrics.gpu import Gpus
 from elasticd.metrics.machine import target_groups
 from elasticd.metrics.recovery import Recovered, Recovery
+from elasticd.metrics.saving import SaveReport
 from elasticd.metrics.training import Steps, Training
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -375,6 +376,36 @@ def test_another_job_ends_the_samples_of_the_last() -> None:
     watched.append((sim.now, "job_taken", {"job": "k"}))
     jobs = {dict(labels).get("job_id") for _, labels in watched.samples()}
     assert jobs == {None, "k"}
+
+
+SAVED = {"result": "saved", "size_bytes": 1000, "seconds": 0.3, "stall_seconds": 0.02, "waited": True}
+
+
+def test_what_saving_cost_is_counted_for_this_nodes_job_alone() -> None:
+    sim, watched = cluster_of("a")
+    watched.step()
+    for job, message in (
+        ("j", SAVED),
+        ("j", {**SAVED, "waited": False}),
+        ("j", {**SAVED, "result": "failed", "size_bytes": 0}),
+        ("made up", SAVED),
+    ):
+        watched.append((sim.now, "checkpoint", {"job": job, "rank": 0, "message": message}))
+    watched.append((sim.now, "passed_over", {"job": "j", "rank": 0, "message": {"count": 2}}))
+    counted = {
+        name: watched.value(f"elasticd_checkpoint_{name}", job_id="j")
+        for name in ("written_bytes_total", "waits_total", "damaged_total", "save_seconds_count")
+    }
+    assert counted == {"written_bytes_total": 2000, "waits_total": 2, "damaged_total": 2, "save_seconds_count": 2}
+    assert watched.value("elasticd_checkpoint_stall_seconds_total", job_id="j") == pytest.approx(0.06)
+    for result, count in (("saved", 2), ("failed", 1)):
+        assert watched.value("elasticd_checkpoint_saves_total", job_id="j", result=result) == count
+
+
+@pytest.mark.parametrize("wrong", [{"result": "lost"}, {"size_bytes": -1}, {"seconds": "soon"}, {"stall_seconds": 1e999}])
+def test_a_report_of_a_save_that_makes_no_sense_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        SaveReport.from_message({**SAVED, **wrong})
 
 
 def test_service_discovery_names_every_node_of_the_view() -> None:

@@ -26,6 +26,7 @@ _FORKS.set_forkserver_preload(
         "elasticd.worker.session",
         "elasticd.examples.byte_gpt",
         "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
         "pytest",
         "hypothesis.strategies",
     ]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from elasticd.bench import (
     balance,
+    checkpoint,
     idle,
     join,
     node_kill,
@@ -47,6 +48,7 @@ EXPERIMENTS: dict[str, Callable[[Options], list[Figure]]] = {
         overhead,
         session_cost,
         balance,
+        checkpoint,
     )
 }
 
@@ -56,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine, started = describe_machine(), time.monotonic()
     figures: list[Figure] = []
     for name in asked.only or EXPERIMENTS:
-        options = Options(repeat=asked.repeat, quick=asked.quick, say=_say_of(name, started))
+        options = Options(
+            repeat=asked.repeat, quick=asked.quick, checkpoint_gb=asked.checkpoint_gb, say=_say_of(name, started)
+        )
         figures += run_experiment(name, options)
     written = document(machine, figures, time.monotonic() - started)
     write_document(asked.out, written)
@@ -94,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), metavar="NAME", help=f"some of: {names}")
     parser.add_argument("--repeat", type=_count, default=0, metavar="N", help="samples of elasticd in each experiment")
     parser.add_argument("--quick", action="store_true", help="few samples and short runs: a look, not a measurement")
+    parser.add_argument("--checkpoint-gb", type=_count, default=1, metavar="GB", help="state to save (default 1)")
     parser.add_argument("--json", action="store_true", help="the whole document as the last line")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help=f"where it goes (default {OUT})")
     return parser

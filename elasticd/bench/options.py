@@ -11,10 +11,12 @@ QUICK_THEIRS = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """``repeat`` 0: each experiment's own number of times. ``say`` tells of progress."""
+    """``repeat`` 0: each experiment's own number of times. ``checkpoint_gb``: of state, in the checkpoint experiment.
+    ``say`` tells of progress."""
 
     repeat: int = 0
     quick: bool = False
+    checkpoint_gb: int = 1
     say: Callable[[str], None] = lambda _: None
 
     def ours(self, usual: int) -> int:

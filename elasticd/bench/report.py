@@ -95,6 +95,8 @@ def quantity(value: float, unit: str) -> str:
             return f"{value:.3f} s" if value < 10 else f"{value:.1f} s"
         case "ms":
             return f"{value:.1f} ms"
+        case "copies":
+            return f"{value:.2f} x"
         case "%" | "% of a core":
             return f"{value:.2f} %"
         case _:

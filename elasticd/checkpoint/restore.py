@@ -1,16 +1,19 @@
 """Restoring: the newest checkpoint that verifies, the same one on every rank, resharded onto the world at hand.
 
-Rank 0 chooses (it reads every byte and compares checksums) and says which one, by step and checksum of the manifest;
-the others take that one, after they have checked that they see the same manifest, its sizes and the checksum of the
-metadata. Only then is anything unpickled. Loading needs no collective: each rank reads what its own shards need.
+Rank 0 proposes one, by step and checksum of the manifest; all check that they see the same one and its sizes, each
+reads a part of its files and compares checksums, and it is taken when every part is as it was written; otherwise rank 0
+proposes the next older one. Only then is anything unpickled. Loading needs no collective: each rank reads what its own
+shards need.
 
-Not here: the form of the state (worker/state.py). A checkpoint without a manifest is passed over, for now.
+Not here: the form of the state (worker/state.py). A checkpoint without a manifest is passed over: one of plain torch is
+taken when it is named (foreign.py).
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.manifest import METADATA_NAME, Manifest, checksum, complete_name
+from elasticd.checkpoint.manifest import METADATA_NAME, FileEntry, Manifest, checksum, complete_name
 from elasticd.errors import CheckpointInvalid, ConfigError
 
 log = logging.getLogger(__name__)
@@ -49,38 +52,105 @@ class Found:
 def find_newest(directory: Path) -> tuple[Found | None, list[PassedOver]]:
     """The newest checkpoint whose every byte verifies, and the newer ones that do not."""
     passed_over: list[PassedOver] = []
-    for step in storage.complete_steps(directory):
-        path = directory / complete_name(step)
+    for found in _candidates(directory, passed_over):
         try:
-            return Found(path=path, manifest=storage.verify(path)), passed_over
+            storage.check_contents(found.path, _data_files(found.manifest))
         except CheckpointInvalid as error:
-            passed_over.append(PassedOver(step=step, reason=str(error)))
+            passed_over.append(PassedOver(step=found.manifest.step, reason=str(error)))
+        else:
+            return found, passed_over
     return None, passed_over
 
 
-def agree_on_newest(directory: Path, group: dist.ProcessGroup | None) -> Found | None:
-    """Collective over ``group`` (None: a world of one). What rank 0 found, or None where there is nothing to restore.
+def agree_on_newest(
+    directory: Path, group: dist.ProcessGroup | None, passed_over: list[PassedOver] | None = None
+) -> Found | None:
+    """Collective over ``group`` (None: a world of one). The newest that verifies, or None where nothing does.
+
+    What is passed over is logged by rank 0, and added there to ``passed_over``.
 
     ConfigError on a rank that sees another directory than rank 0 does.
     """
+    if group is not None and dist.get_rank(group) != 0:
+        return _follow(directory, group)
+    not_taken: list[PassedOver] = [] if passed_over is None else passed_over
     if group is None:
-        return _choose(directory)
-    found = _choose(directory) if dist.get_rank(group) == 0 else None
-    choice = torch.tensor([_NONE, 0], dtype=torch.int64)
-    if found is not None:
-        choice = torch.tensor([found.manifest.step, checksum(found.manifest)], dtype=torch.int64)
-    dist.broadcast(choice, src=0, group=group)
-    step, seal = choice.tolist()
-    if found is not None or step == _NONE:
-        return found
-    path = directory / complete_name(step)
+        found, over = find_newest(directory)
+        not_taken += over
+    else:
+        found = _propose(directory, group, not_taken)
+    for one in not_taken:
+        log.warning("elasticd: checkpoint of step %d passed over: %s", one.step, one.reason)
+    return found
+
+
+def _propose(directory: Path, group: dist.ProcessGroup, passed_over: list[PassedOver]) -> Found | None:
+    """Rank 0's part."""
+    for found in _candidates(directory, passed_over):
+        step = found.manifest.step
+        _broadcast([step, checksum(found.manifest)], group)
+        failed_rank = _check_together(found.path, found.manifest, group)
+        if failed_rank is None:
+            return found
+        passed_over.append(PassedOver(step=step, reason=f"rank {failed_rank} found its part damaged"))
+    _broadcast([_NONE, 0], group)
+    return None
+
+
+def _follow(directory: Path, group: dist.ProcessGroup) -> Found | None:
+    """The other ranks' part."""
+    while True:
+        step, seal = _broadcast([_NONE, 0], group)
+        if step == _NONE:
+            return None
+        path = directory / complete_name(step)
+        try:
+            manifest = _recognise(path, seal)
+        except CheckpointInvalid as error:
+            _check_together(path, None, group)
+            raise ConfigError(
+                f"rank 0 found a checkpoint of step {step} in {directory}, rank {dist.get_rank(group)} does not "
+                f"({error}): all ranks must see the same directory"
+            ) from error
+        if _check_together(path, manifest, group) is None:
+            return Found(path=path, manifest=manifest)
+
+
+def _check_together(path: Path, manifest: Manifest | None, group: dist.ProcessGroup) -> int | None:
+    """Read this rank's part of the files (none without a manifest). The lowest rank whose part is damaged, or None."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    failed = size
     try:
-        return Found(path=path, manifest=_recognise(path, seal))
+        # By name, in turn: in a world of the same size each rank reads the file that it will load.
+        data = sorted(_data_files(manifest), key=lambda entry: entry.name) if manifest else []
+        storage.check_contents(path, tuple(data[rank::size]))
     except CheckpointInvalid as error:
-        raise ConfigError(
-            f"rank 0 found a checkpoint of step {step} in {directory}, rank {dist.get_rank(group)} does not ({error}): "
-            "all ranks must see the same directory"
-        ) from error
+        log.warning("elasticd: rank %d: %s: %s", rank, path.name, error)
+        failed = rank
+    lowest = torch.tensor([failed], dtype=torch.int64)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    return None if lowest.item() == size else int(lowest.item())
+
+
+def _broadcast(numbers: list[int], group: dist.ProcessGroup) -> list[int]:
+    """What rank 0 says. Over a group of all ranks, whose rank 0 is everyone's."""
+    said = torch.tensor(numbers, dtype=torch.int64)
+    dist.broadcast(said, src=0, group=group)
+    heard: list[int] = said.tolist()
+    return heard
+
+
+def _candidates(directory: Path, passed_over: list[PassedOver]) -> Iterator[Found]:
+    """Those whose manifest, sizes and metadata are right, newest first; the others are noted as passed over."""
+    for step in storage.complete_steps(directory):
+        path = directory / complete_name(step)
+        try:
+            manifest = storage.read_manifest(path)
+            _check_outline(path, manifest)
+        except CheckpointInvalid as error:
+            passed_over.append(PassedOver(step=step, reason=str(error)))
+        else:
+            yield Found(path=path, manifest=manifest)
 
 
 def load_into(state: dict[str, Any], path: Path) -> None:
@@ -105,13 +175,15 @@ def _recognise(path: Path, seal: int) -> Manifest:
     manifest = storage.read_manifest(path)
     if checksum(manifest) != seal:
         raise CheckpointInvalid("it is another checkpoint of the same step")
-    storage.check_sizes(path, manifest)
-    storage.check_contents(path, tuple(entry for entry in manifest.files if entry.name == METADATA_NAME))
+    _check_outline(path, manifest)
     return manifest
 
 
-def _choose(directory: Path) -> Found | None:
-    found, passed_over = find_newest(directory)
-    for one in passed_over:
-        log.warning("elasticd: checkpoint of step %d passed over: %s", one.step, one.reason)
-    return found
+def _check_outline(path: Path, manifest: Manifest) -> None:
+    """All sizes, and the contents of the small file that every rank unpickles."""
+    storage.check_sizes(path, manifest)
+    storage.check_contents(path, tuple(entry for entry in manifest.files if entry.name == METADATA_NAME))
+
+
+def _data_files(manifest: Manifest) -> tuple[FileEntry, ...]:
+    return tuple(entry for entry in manifest.files if entry.name != METADATA_NAME)

@@ -6,12 +6,16 @@ Every rank must see the same directory (one host, or a shared file system). Not 
 
 from __future__ import annotations
 
+import io
 import os
-import shutil
 import tempfile
+import time
 import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from elasticd.checkpoint.disk import DISK, Disk, new_file
 from elasticd.checkpoint.manifest import (
     MANIFEST_NAME,
     FileEntry,
@@ -23,7 +27,11 @@ from elasticd.checkpoint.manifest import (
     step_of,
     temporary_name,
 )
+from elasticd.checkpoint.retention import Keep, Standing, choose_doomed
 from elasticd.errors import CheckpointInvalid, ConfigError
+
+#: An empty file in a checkpoint that retention leaves alone. The manifest knows nothing of it: it may come and go.
+PIN_NAME = "pinned"
 
 _CHUNK_BYTES = 4 * 1024 * 1024
 
@@ -34,7 +42,7 @@ def open_directory(directory: Path) -> None:
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         for path in missing:
-            _flush(path.parent)  # a checkpoint is only as durable as the names on the way to it
+            DISK.sync_directory(path.parent)  # a checkpoint is only as durable as the names on the way to it
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
@@ -48,24 +56,66 @@ def complete_steps(directory: Path) -> list[int]:
     return sorted((step for step in steps if step is not None), reverse=True)
 
 
-def describe_file(path: Path) -> FileEntry:
-    """Size and checksum of a file, read in bounded pieces."""
+def describe_file(path: Path, pace: Pace | None = None) -> FileEntry:
+    """Size and checksum of a file, read in bounded pieces.
+
+    With a ``pace`` it is read at that rate, from the disk and not from the page cache, and is not left in there.
+    """
     checksum, size_bytes = 0, 0
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
+        if pace is not None:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for chunk in _read_ahead(file):
             checksum = zlib.crc32(chunk, checksum)
             size_bytes += len(chunk)
+            if pace is not None:
+                pace.read(len(chunk))
+                os.posix_fadvise(file.fileno(), 0, size_bytes, os.POSIX_FADV_DONTNEED)
     return FileEntry(name=path.name, size_bytes=size_bytes, crc32=checksum)
 
 
-def seal_file(path: Path) -> FileEntry:
-    """Describe a file that has been written and closed, and flush it to the disk."""
-    entry = describe_file(path)
-    _flush(path)
-    return entry
+def _read_ahead(file: io.FileIO) -> Iterator[memoryview]:
+    """The file in pieces, each valid until the next one is asked for; a large file is read ahead in a second thread.
+
+    Into two buffers that are used again: fresh memory for each piece costs more than its checksum.
+    """
+    if os.fstat(file.fileno()).st_size <= _CHUNK_BYTES:
+        while whole := file.read(_CHUNK_BYTES):
+            yield memoryview(whole)
+        return
+    buffers = [memoryview(bytearray(_CHUNK_BYTES)) for _ in range(2)]
+    with ThreadPoolExecutor(1, thread_name_prefix="elasticd-read") as beside:
+        reading = beside.submit(file.readinto, buffers[0])
+        while size_bytes := reading.result():
+            full = buffers[0][:size_bytes]
+            buffers.reverse()
+            reading = beside.submit(file.readinto, buffers[0])
+            yield full
 
 
-def begin(directory: Path, step: int, round_number: int) -> Path:
+class Pace:
+    """Holds a reader to ``bytes_per_s``, by sleeping. 0: as fast as it goes."""
+
+    def __init__(
+        self,
+        bytes_per_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._bytes_per_s, self._clock, self._sleep = bytes_per_s, clock, sleep
+        self._ahead_s, self._at = 0.0, clock()
+
+    def read(self, size_bytes: int) -> None:
+        """So much was read: sleep until that was allowed. Time that was not used is not saved up."""
+        if not self._bytes_per_s:
+            return
+        now = self._clock()
+        self._ahead_s = max(0.0, self._ahead_s - (now - self._at)) + size_bytes / self._bytes_per_s
+        self._at = now
+        self._sleep(self._ahead_s)
+
+
+def begin(directory: Path, step: int, round_number: int, disk: Disk = DISK) -> Path:
     """An empty temporary directory for this step. Sweeps what this round or an older one left behind.
 
     An older round can no longer commit, and of our own round no other save is in flight. A temporary directory of a
@@ -74,25 +124,23 @@ def begin(directory: Path, step: int, round_number: int) -> Path:
     for path in directory.iterdir():
         owner = round_of_temporary(path.name)
         if owner is not None and owner <= round_number:
-            shutil.rmtree(path, ignore_errors=True)
+            disk.remove_tree(path)
     temporary = directory / temporary_name(step, round_number)
-    temporary.mkdir()
+    disk.make_directory(temporary)
     return temporary
 
 
-def publish(temporary: Path, manifest: Manifest) -> Path:
+def publish(temporary: Path, manifest: Manifest, disk: Disk = DISK) -> Path:
     """Write the manifest, flush everything, and give the directory its final name: durable, then visible.
 
     OSError when a checkpoint of this step is already there: rename never replaces a directory that is not empty.
     """
-    with (temporary / MANIFEST_NAME).open("xb") as file:
+    with new_file(disk, temporary / MANIFEST_NAME) as file:
         file.write(encode_manifest(manifest))
-        file.flush()
-        os.fsync(file.fileno())
-    _flush(temporary)
+    disk.sync_directory(temporary)
     final = temporary.parent / complete_name(manifest.step)
-    temporary.rename(final)
-    _flush(temporary.parent)
+    disk.rename(temporary, final)
+    disk.sync_directory(temporary.parent)
     return final
 
 
@@ -119,59 +167,81 @@ def check_sizes(path: Path, manifest: Manifest) -> None:
             raise CheckpointInvalid(f"{entry.name} has {size_bytes} bytes instead of {entry.size_bytes}")
 
 
-def check_contents(path: Path, entries: tuple[FileEntry, ...]) -> None:
+def check_contents(path: Path, entries: tuple[FileEntry, ...], pace: Pace | None = None) -> None:
     """CheckpointInvalid when the bytes of a file are not those that were written."""
     for entry in entries:
         try:
-            found = describe_file(path / entry.name)
+            found = describe_file(path / entry.name, pace)
         except OSError as error:
             raise CheckpointInvalid(f"{entry.name}: {error.strerror}") from error
         if found != entry:
             raise CheckpointInvalid(f"{entry.name} does not match its checksum")
 
 
-def verify(path: Path) -> Manifest:
+def verify(path: Path, pace: Pace | None = None) -> Manifest:
     """The manifest of a checkpoint whose every byte is as it was written; CheckpointInvalid otherwise."""
     manifest = read_manifest(path)
     check_sizes(path, manifest)
-    check_contents(path, manifest.files)
+    check_contents(path, manifest.files, pace)
     return manifest
 
 
-def set_aside(path: Path) -> None:
+def set_aside(path: Path, disk: Disk = DISK) -> None:
     """Give up the name of a checkpoint that does not verify, but keep its bytes for a person to look at."""
     number = 1
     while (target := path.with_name(f"{path.name}.invalid-{number}")).exists():
         number += 1
-    path.rename(target)
+    disk.rename(path, target)
 
 
-def prune(directory: Path, *, newest: int, keep: int, round_number: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to step ``newest``.
+def standing(directory: Path, *, newest: int | None = None) -> list[Standing]:
+    """The checkpoints, up to step ``newest``, whose files are all there. Costs no reading of data.
 
-    What is torn, or was written by a newer elasticd, does not count and stays: it is for a person to judge. OSError
-    when the storage refuses.
+    What is torn, or was written by a newer elasticd, is not among them: it is for a person to judge.
     """
-    whole = [step for step in complete_steps(directory) if step <= newest and _looks_whole(directory, step)]
-    for step in whole[keep:]:
+    found = []
+    for step in complete_steps(directory):
+        path = directory / complete_name(step)
+        if newest is not None and step > newest:
+            continue
+        try:
+            manifest = read_manifest(path)
+            check_sizes(path, manifest)
+        except CheckpointInvalid:
+            continue
+        found.append(Standing(step=step, saved_at_unix_s=manifest.saved_at_unix_s, pinned=is_pinned(path)))
+    return found
+
+
+def prune(
+    directory: Path, *, newest: int | None, keep: Keep, round_number: int, disk: Disk = DISK, only_say: bool = False
+) -> list[int]:
+    """Remove the checkpoints up to step ``newest`` that ``keep`` does not keep; their steps, oldest first.
+
+    OSError when the storage refuses.
+    """
+    doomed = choose_doomed(standing(directory, newest=newest), keep)
+    for step in [] if only_say else doomed:
         # Renamed first: a directory that is half removed must never pass for a checkpoint.
-        doomed = (directory / complete_name(step)).rename(directory / temporary_name(step, round_number))
-        shutil.rmtree(doomed, ignore_errors=True)
+        temporary = directory / temporary_name(step, round_number)
+        disk.rename(directory / complete_name(step), temporary)
+        disk.remove_tree(temporary)
+    return doomed
 
 
-def _looks_whole(directory: Path, step: int) -> bool:
-    path = directory / complete_name(step)
-    try:
-        check_sizes(path, read_manifest(path))
-    except CheckpointInvalid:
-        return False
-    return True
+def temporaries(directory: Path) -> list[Path]:
+    """Directories that are being written, or that a round which is over has left behind."""
+    return sorted(path for path in directory.iterdir() if round_of_temporary(path.name) is not None)
 
 
-def _flush(path: Path) -> None:
-    """fsync of a file or a directory. A read-only descriptor will do: fsync is about the inode."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def is_pinned(path: Path) -> bool:
+    return (path / PIN_NAME).exists()
+
+
+def pin(path: Path, *, pinned: bool) -> None:
+    """Keep a checkpoint whatever retention says, or no longer. OSError when the storage refuses."""
+    if pinned:
+        (path / PIN_NAME).touch()
+    else:
+        (path / PIN_NAME).unlink(missing_ok=True)
+    DISK.sync_directory(path)

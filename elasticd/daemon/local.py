@@ -58,7 +58,7 @@ class Rebalancing:
 class LocalServer:
     """``post`` takes events; ``commit`` answers by itself.
 
-    ``observe`` gets every step message for the metrics, and ``rebalanced`` what workers decided about their shares.
+    ``observe`` gets what is only for the metrics, and ``rebalanced`` what workers decided about their shares.
     """
 
     def __init__(
@@ -184,6 +184,8 @@ class LocalServer:
                 self._post(messages.BoundaryReached(round_number=number, rank=caller.rank, step=step))
             case "rebalanced":
                 self._rebalanced(caller, _rebalancing(number, message))
+            case "checkpoint" | "passed_over":
+                self._observe(caller, message)
             case "commit":
                 self._commit(caller, number, int(message["step"]), str(message["path"]))
             case other:

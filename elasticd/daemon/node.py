@@ -75,7 +75,7 @@ class NodeLoop:
         self._parts = contextlib.AsyncExitStack()
         self._inbox: list[Event] = []
         self._inbox_lock = threading.Lock()
-        self.local = LocalServer(setup.node.node_id, self.post, self._observe_step, self._commit, self._rebalanced)
+        self.local = LocalServer(setup.node.node_id, self.post, self._observe, self._commit, self._rebalanced)
 
     async def start(self) -> None:
         """Listens, then registers. OperatorError when it cannot."""
@@ -194,6 +194,13 @@ class NodeLoop:
         level = logging.WARNING if report.event in _WARNINGS else logging.INFO
         logger.log(level, "%s %s", report.event, " ".join(f"{name}={value}" for name, value in brief.items()))
         self._observer.reported(report, self.machine, now)
+
+    def _observe(self, caller: Caller, message: Message) -> None:
+        if message["type"] == "step":
+            self._observe_step(caller, message)
+            return
+        details = (("job", caller.job_id), ("rank", caller.rank), ("message", message))
+        self._observer.reported(Report(event=message["type"], details=details), self.machine, time.monotonic())
 
     def _observe_step(self, caller: Caller, message: Message) -> None:
         self.history.write(

@@ -34,7 +34,8 @@ from elasticd.metrics.gpu import Gpus
 from elasticd.metrics.machine import health, job_families, node_families, target_groups
 from elasticd.metrics.node import NodeCollector, read_capacity
 from elasticd.metrics.recovery import Recovered, Recovery
-from elasticd.metrics.training import Steps, Training
+from elasticd.metrics.saving import SaveReport, SavingMetrics
+from elasticd.metrics.training import Steps, Training, whole_of
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class JobMetrics:
         self.proposed = definitions.PROPOSED.instrument(registry)
         self.worker_failures = definitions.WORKER_FAILURES.instrument(registry)
         self.commits = definitions.CHECKPOINT_COMMITS.instrument(registry)
+        self.saving = SavingMetrics(registry)
         for how in ("refused", "silent", "worker_exit"):
             self.detection.labels(how)
 
@@ -64,6 +66,7 @@ class JobMetrics:
         for of_a_job in (self.recovery, self.proposed, self.worker_failures, self.commits):
             of_a_job.clear()
         self.worker_failures.labels(job_id)
+        self.saving.begin(job_id)
         for result in ("committed", "refused"):
             self.commits.labels(job_id, result)
 
@@ -102,8 +105,10 @@ class Tracker:
                 self._round_seen(details["round"], machine, now)
             case "workers_started" if details["round"] == self._round_number:
                 self._observe(self._recovery.started(now))
-            case "commit" if details["job"] == self._job_id:  # a script may claim any job
-                self._commit_answered(details)
+            case "commit" | "checkpoint" | "passed_over" if (
+                details["job"] == self._job_id
+            ):  # a script may claim any job
+                self._checkpoint_told(report.event, details)
             case _:
                 pass
 
@@ -162,6 +167,15 @@ class Tracker:
         self._metrics.commits.labels(self._job_id, "committed" if done else "refused").inc()
         if done:
             self._committed = (int(str(details["step"])), time.time())
+
+    def _checkpoint_told(self, event: str, details: dict[str, object]) -> None:
+        message = details.get("message")
+        if not isinstance(message, dict):
+            self._commit_answered(details)
+        elif event == "checkpoint":
+            self._metrics.saving.ended(self._job_id, SaveReport.from_message(message))
+        else:
+            self._metrics.saving.passed_over(self._job_id, whole_of(message["count"]))
 
     def _observe(self, recovered: Recovered | None) -> None:
         if recovered is not None:

@@ -24,6 +24,8 @@ RANK = ("job_id", "rank")
 DETECTION_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0)
 #: From a recovery without a restart to a job that waited for a node.
 RECOVERY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+#: From a small model on a local disk to a large one on a busy shared file system.
+SAVE_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,29 @@ CHECKPOINT_AT = GaugeDefinition(
     "elasticd_checkpoint_last_commit_timestamp_seconds",
     "When a checkpoint was last committed here, in Unix time.",
     JOB,
+)
+CHECKPOINT_SAVES = CounterDefinition(
+    "elasticd_checkpoint_saves_total",
+    "Parts of checkpoints that this node's ranks saved, or failed to.",
+    (*JOB, "result"),
+)
+CHECKPOINT_BYTES = CounterDefinition("elasticd_checkpoint_written_bytes_total", "Written by this node's ranks.", JOB)
+CHECKPOINT_SECONDS = HistogramDefinition(
+    "elasticd_checkpoint_save_seconds",
+    "From the copy of the state until the checkpoint was durable, by rank and save.",
+    JOB,
+    SAVE_BUCKETS_S,
+)
+CHECKPOINT_STALL = CounterDefinition(
+    "elasticd_checkpoint_stall_seconds_total", "For how long steps of this node's ranks waited for checkpoints.", JOB
+)
+CHECKPOINT_WAITS = CounterDefinition(
+    "elasticd_checkpoint_waits_total",
+    "Saves that were due while one was under way, and waited for it: the disk is too slow for the interval.",
+    JOB,
+)
+CHECKPOINT_DAMAGED = CounterDefinition(
+    "elasticd_checkpoint_damaged_total", "Checkpoints that this node's first rank passed over when it restored.", JOB
 )
 
 # --- The node -------------------------------------------------------------------------------------

@@ -38,12 +38,12 @@ class Steps:
         if not isinstance(told, Mapping):
             raise TypeError("metrics of a step must be an object")
         return cls(
-            step=_whole(message["step"]),
-            count=_whole(message.get("steps", 1)),
-            seconds=_number(message["seconds"]),
-            wait_seconds=_number(message.get("wait_seconds", 0.0)),
-            samples=_whole(message.get("samples", 0)),
-            metrics={str(name): _number(value, finite=False) for name, value in told.items()},
+            step=whole_of(message["step"]),
+            count=whole_of(message.get("steps", 1)),
+            seconds=number_of(message["seconds"]),
+            wait_seconds=number_of(message.get("wait_seconds", 0.0)),
+            samples=whole_of(message.get("samples", 0)),
+            metrics={str(name): number_of(value, finite=False) for name, value in told.items()},
         )
 
     @property
@@ -148,7 +148,7 @@ class Training:
         yield from (step, stepped_at, imbalance, metrics)
 
 
-def _number(value: object, *, finite: bool = True) -> float:
+def number_of(value: object, *, finite: bool = True) -> float:
     """A loss may well be NaN; a duration may not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is not a number")
@@ -158,7 +158,7 @@ def _number(value: object, *, finite: bool = True) -> float:
     return number
 
 
-def _whole(value: object) -> int:
+def whole_of(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise TypeError(f"{value!r} is not a count")
     return value

@@ -14,7 +14,9 @@
 
 What happens inside ``with step:`` belongs to that step alone, and takes its samples and its weight from ``step``: so
 the library may yield the same step again, when it could not be completed. A step is completed when the block ends.
-Checkpoints are saved, and the job stops for a change of its world, between two steps.
+Between two steps the job stops for a change of its world, and checkpoints are begun: the next step waits while the
+state is copied, and the copy is written behind the steps that follow. The last checkpoint, and one before a stop, stand
+before the loop ends.
 
 A step is 16 micro-batches here, whatever the world; how many of them a rank computes follows its speed. A script that
 would rather divide its batch itself asks ``step.batch_indices`` for sample ids, and multiplies its loss by
@@ -27,6 +29,7 @@ checkpoint/. Not here: recovery inside the process (to come).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -41,7 +44,10 @@ import torch
 import torch.distributed as dist
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.restore import agree_on_newest, load_into
+from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
+from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
+from elasticd.checkpoint.restore import Found, PassedOver, agree_on_newest, load_into
+from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
 from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed
 from elasticd.torch_defects import keep_destroyed_groups
@@ -58,6 +64,8 @@ from elasticd.worker.world import Place, choose_device, join_world, make_side_gr
 
 log = logging.getLogger(__name__)
 
+#: How long a script that failed waits for a save under way, before it leaves the process groups to the system.
+CLOSE_AFTER_ERROR_S = 5.0
 #: The exit status of a worker that parked at a boundary and then lost its daemon: not a success, not a crash.
 EXIT_PARKED = 75  # EX_TEMPFAIL
 
@@ -66,10 +74,11 @@ class Session:
     """One training process's part in the job. Made by all ranks together (it makes process groups).
 
     ``checkpoint_dir`` must be the same directory for all ranks (one host, or a shared file system); without it nothing
-    is saved. ``save_every_steps``: 0 saves only at stops and at the end. ``keep``: how many checkpoints stay.
-    ``seed`` seeds the random states and the order of samples. ``device`` overrides the choice of the GPU of this local
-    rank. ``save_timeout_s``: for how long a save waits for a rank that is silent (one that died fails it at once). It
-    must be longer than the slowest rank takes to write its part: a save that times out ends the process.
+    is saved. ``save_every_steps``: 0 saves only at stops and at the end. ``keep``: how many checkpoints stay, or more
+    finely which (``checkpoint.retention.Keep``). ``seed`` seeds the random states and the order of samples. ``device``
+    overrides the choice of the GPU of this local rank. ``save_timeout_s``: for how long a save waits for a rank that is
+    silent (one that died fails it at once). It must be longer than the slowest rank takes to write its part: a save
+    that times out ends the process. Saving keeps a copy of this rank's state in host memory.
 
     ``micro_batches``: how many a step has, on all ranks together and for the whole job, for ``step.micro_batches``.
     ``max_micro_batches``: no more than so many in a step for this rank. ``balance``: "on" gives faster ranks more of
@@ -84,7 +93,7 @@ class Session:
         *,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         save_every_steps: int = 0,
-        keep: int = 3,
+        keep: int | Keep = 3,
         seed: int | None = None,
         device: str | None = None,
         save_timeout_s: float = 300.0,
@@ -94,7 +103,7 @@ class Session:
         exact: bool = False,
     ) -> None:
         _show_operator_errors_as_one_line()
-        if save_every_steps < 0 or keep < 1:
+        if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
             raise ConfigError("save_every_steps must not be negative, and keep must be at least 1")
         work = make_work(micro_batches, at_most=max_micro_batches, balance=balance, exact=exact)
         self._place = Place.from_environment()
@@ -106,7 +115,7 @@ class Session:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._control = Control()
         self._save_every_steps, self._seed = save_every_steps, seed or 0
-        self._saver = self._make_saver(keep, save_timeout_s)
+        self._saver = self._make_saver(Keep(last=keep) if isinstance(keep, int) else keep, save_timeout_s)
         self._link = _connect(self._place)
         self.planned: PlannedSteps | None = None
         if work is not None:
@@ -150,6 +159,11 @@ class Session:
         """How many steps are completed: also the index of the step to come."""
         return self._completed
 
+    @property
+    def save_counts(self) -> Counts | None:
+        """What saving has done and cost so far on this rank; None without a directory."""
+        return None if self._saver is None else self._saver.counts
+
     def register(
         self,
         *,
@@ -173,18 +187,22 @@ class Session:
         if model is not None and self.planned is not None:
             self.planned.use(self._registered)
 
-    def restore(self) -> int:
+    def restore(self, *, start_from: str | os.PathLike[str] | None = None) -> int:
         """Collective. Take up the newest checkpoint that verifies; the number of completed steps (0: a fresh start).
+
+        ``start_from``: where there is none yet, fill what is registered from this directory, which plain
+        torch.distributed.checkpoint.save wrote ("model", "optimizer" and "extra", or a model's state alone). It has no
+        checksums, so it is taken unverified, with a warning, and unpickled; steps are counted from 0.
 
         ConfigError when the checkpoint is not of the model and optimizer that are registered, was made with another
         seed, or is not there for every rank.
         """
         registered = self._known()
         self._restored = True
-        if self._directory is None:
-            return self._completed
-        found = agree_on_newest(self._directory, self._control.group)
+        found = self._find_newest()
         if found is None:
+            if start_from is not None:
+                self._start_from(registered, Path(start_from))
             return self._completed
         own = self._own_state(with_random=self.rank < found.manifest.world_size)
         state = registered.capture() | own
@@ -213,45 +231,69 @@ class Session:
             if step.stop_agreed and self._completed != until:
                 self._save_or_warn()
                 self._park()
-            elif self._saves_at(self._completed):
+            elif self._completed == until:
                 self._save_or_warn()
+            elif self._saves_at(self._completed):
+                self.begin_save()
 
     def save(self) -> Saved | None:
-        """Collective, between two steps. Save now; None without a directory, or when this step is saved already.
+        """Collective, between two steps. Save now, and return once it is durable; None without a directory, or when
+        this step is saved already.
 
         SaveFailed when the storage refused.
         """
-        if self._in_step:
-            raise RuntimeError("save between two steps: a half-done step cannot be taken up again")
-        if self._saver is None or self._saved_step == self._completed:
+        saver = self._ready_to_save()
+        if saver is None:
             return None
-        saved = self._saver.save(self._known().capture() | self._own_state(with_random=True), self._completed)
-        self._saved_step = self._completed
-        if self.rank == 0 and self._link is not None:
-            self._link.post({"type": "commit", "step": saved.step, "path": str(saved.path), "seconds": saved.seconds})
-        return saved
+        saver.wait()
+        if self._saved_step == self._completed:
+            return None
+        return saver.save(self._state(), self._completed)
+
+    def begin_save(self) -> None:
+        """Collective, between two steps. Returns once the state is copied: it is written behind the steps to come.
+
+        It waits for a save that is still under way. That the storage refused is logged, and counted in ``save_counts``.
+        """
+        saver = self._ready_to_save()
+        if saver is not None:
+            saver.start(self._state(), self._completed)
 
     def close(self) -> None:
-        """Send the last reports, and leave the process groups that were made here."""
+        """Wait for a save under way, send the last reports, and leave the process groups that were made here."""
+        self._close(None)
+
+    def _close(self, wait_s: float | None) -> None:
         if self.planned is not None:
             self.planned.close()
-        if self._link is not None:
-            self._link.close()
-        if self._made_world and dist.is_initialized():
-            keep_destroyed_groups()
-            dist.destroy_process_group()
+        try:
+            if self._saver is not None:
+                self._saver.wait(wait_s)
+        finally:
+            if self._link is not None:
+                self._link.close()
+            still_saving = self._saver is not None and self._saver.in_flight  # over a group: do not take it away
+            if self._made_world and dist.is_initialized() and not still_saving:
+                keep_destroyed_groups()
+                dist.destroy_process_group()
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        with contextlib.suppress(Exception):  # what broke the save, most likely by the same cause as the error
+            self._close(CLOSE_AFTER_ERROR_S)
 
     # What Step needs of its session.
 
     def begin(self) -> None:
         if self._link is not None and self._link.refusal:
             raise Fenced(f"checkpoint refused: {self._link.refusal}")
+        if self._saver is not None:
+            self._saver.check()
         self._set_in_step(True)
         self._waiting.take()
         wanted = self._link is not None and self._link.boundary_wanted
@@ -305,6 +347,22 @@ class Session:
             state["random"] = {str(self.rank): capture_random(self.device)}
         return state
 
+    def _find_newest(self) -> Found | None:
+        if self._directory is None:
+            return None
+        passed_over: list[PassedOver] = []
+        found = agree_on_newest(self._directory, self._control.group, passed_over)
+        if passed_over and self._link is not None:
+            self._link.post({"type": "passed_over", "count": len(passed_over)})
+        return found
+
+    def _start_from(self, registered: Registered, path: Path) -> None:
+        parts = agree_on_foreign(path, self._control.group)
+        wanted = registered.only(parts)  # to capture an optimizer's state may make one
+        state = wanted.capture()
+        load_foreign(state, path, parts)
+        wanted.apply(state)
+
     def _take_own_state(self, state: dict[str, Any], step: int) -> None:
         own = json.loads(state["session"])
         if own["seed"] != self._seed:
@@ -319,16 +377,49 @@ class Session:
         else:
             seed_random(derive_seed(self._seed, step, self.rank))
 
-    def _make_saver(self, keep: int, timeout_s: float) -> Saver | None:
+    def _state(self) -> dict[str, Any]:
+        return self._known().capture() | self._own_state(with_random=True)
+
+    def _make_saver(self, keep: Keep, timeout_s: float) -> BackgroundSaver | None:
         if self._directory is None:
             return None
         place = self._place
-        return Saver(
+        saver = Saver(
             self._directory,
             group=make_side_group(timeout_s),
             job_id=place.job_id,
             round_number=place.round_number,
             keep=keep,
+        )
+        return BackgroundSaver(saver, self._save_ended)
+
+    def _ready_to_save(self) -> BackgroundSaver | None:
+        if self._in_step:
+            raise RuntimeError("save between two steps: a half-done step cannot be taken up again")
+        if self._saver is not None:
+            self._known()
+        return self._saver
+
+    def _save_ended(self, step: int, end: Saved | SaveFailed, stall: Stall) -> None:
+        """In the saver's thread. A disk that is full must not end the training: the checkpoint before still stands."""
+        saved = end if isinstance(end, Saved) else None
+        if saved is not None:
+            self._saved_step = step
+        elif self.rank == 0:
+            log.warning("elasticd: %s", end)
+        if self._link is None:
+            return
+        if saved is not None and self.rank == 0:
+            self._link.post({"type": "commit", "step": step, "path": str(saved.path), "seconds": saved.seconds})
+        self._link.post(
+            {
+                "type": "checkpoint",
+                "result": "failed" if saved is None else "saved",
+                "size_bytes": 0 if saved is None else saved.size_bytes,
+                "seconds": 0.0 if saved is None else saved.seconds,
+                "stall_seconds": stall.seconds,
+                "waited": stall.waited,
+            }
         )
 
     def _known(self) -> Registered:
@@ -345,12 +436,8 @@ class Session:
             )
 
     def _save_or_warn(self) -> None:
-        """A disk that is full must not end the training: the checkpoint before this one still stands."""
-        try:
+        with contextlib.suppress(SaveFailed):  # it has been logged
             self.save()
-        except SaveFailed as error:
-            if self.rank == 0:
-                log.warning("elasticd: %s", error)
 
     def _park(self) -> None:
         """Say that this rank stands at the boundary, and wait to be stopped."""

@@ -57,6 +57,14 @@ class Registered:
             state["extra"] = {name: thing.state_dict() for name, thing in self.extra.items()}
         return state
 
+    def only(self, parts: set[str]) -> Registered:
+        """Without the optimizer and the extras that are not among these parts of a state. The model stays."""
+        return Registered(
+            model=self.model,
+            optimizer=self.optimizer if "optimizer" in parts else None,
+            extra=self.extra if "extra" in parts else {},
+        )
+
     def apply(self, state: dict[str, Any]) -> None:
         if self.model is not None:
             set_model_state_dict(self.model, state["model"])

@@ -1,0 +1,211 @@
+"""``elasticd checkpoints ls | verify | inspect | prune | pin | export``: a directory of checkpoints, without a cluster.
+
+Verifying old checkpoints at a bounded rate is a command and not the daemon's: it needs nothing that the daemon knows, a
+shared file system should be read by one node and not by all, and a timer says when better than we could.
+
+Temporary directories are removed here only on demand: whether the round that owns one still lives is known to the saver
+of a later round, which sweeps it, and to a person. Only ``inspect`` and ``export`` import torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from elasticd.checkpoint import storage
+from elasticd.checkpoint.manifest import METADATA_NAME, Manifest, complete_name
+from elasticd.checkpoint.retention import Keep
+from elasticd.core.records import to_plain
+from elasticd.errors import CheckpointInvalid, ConfigError, OperatorError
+
+EXIT_DAMAGED = 1
+#: A round that no job has: its temporary names are nobody's, and are swept by every later save.
+NO_ROUND = 0
+
+
+def list_checkpoints(directory: str, *, as_json: bool) -> int:
+    path = _existing(directory)
+    found = [describe(path, step) for step in storage.complete_steps(path)]
+    temporary = [one.name for one in storage.temporaries(path)]
+    if as_json:
+        _print_json({"directory": str(path), "checkpoints": found, "temporary": temporary})
+        return 0
+    table = Table("step", "size", "ranks", "round", "saved", "", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for one in found:
+        table.add_row(*_row(one))
+    Console(highlight=False).print(table if found else f"no checkpoint in {path}", markup=False)
+    for name in temporary:
+        click.echo(f"{name}: being written, or left behind by a round that is over")
+    return 0
+
+
+def describe(directory: Path, step: int) -> dict[str, Any]:
+    """What is known of a checkpoint without reading its data; ``problem`` is None when its files are all there."""
+    path = directory / complete_name(step)
+    plain: dict[str, Any] = {"step": step, "path": str(path), "pinned": storage.is_pinned(path), "problem": None}
+    try:
+        manifest = storage.read_manifest(path)
+        plain |= _summary(manifest)
+        storage.check_sizes(path, manifest)
+    except CheckpointInvalid as error:
+        plain["problem"] = str(error)
+    return plain
+
+
+def verify_checkpoints(directory: str, steps: Sequence[int], *, rate_mb_s: float, as_json: bool) -> int:
+    path = _existing(directory)
+    if rate_mb_s < 0:
+        raise ConfigError("--rate must not be negative")
+    pace, results = storage.Pace(1e6 * rate_mb_s), []
+    for step in [_known(path, step) for step in steps] or storage.complete_steps(path):
+        results.append(_verify(path, step, pace))
+        if not as_json:
+            click.echo(_verdict(results[-1]))
+    if as_json:
+        _print_json({"directory": str(path), "checkpoints": results})
+    elif not results:
+        click.echo(f"no checkpoint in {path}")
+    return EXIT_DAMAGED if any(one["problem"] for one in results) else 0
+
+
+def inspect_checkpoint(directory: str, step: int, *, as_json: bool) -> int:
+    path = _existing(directory)
+    checkpoint = path / complete_name(_known(path, step))
+    manifest = _checked(lambda: storage.read_manifest(checkpoint), step)
+    _checked(lambda: storage.check_contents(checkpoint, _metadata_of(manifest)), step)  # before it is unpickled
+    from elasticd.checkpoint.contents import describe_tensors
+
+    tensors = describe_tensors(checkpoint)
+    if as_json:
+        _print_json({"manifest": to_plain(manifest), "pinned": storage.is_pinned(checkpoint), "tensors": tensors})
+        return 0
+    for name, value in _summary(manifest).items():
+        click.echo(f"{name.replace('_', ' ')}: {value}")
+    for entry in manifest.files:
+        click.echo(f"file {entry.name}: {entry.size_bytes} bytes, CRC32 {entry.crc32:08x}")
+    for tensor in tensors:
+        click.echo(f"tensor {tensor['name']}: {tensor['dtype']} {tuple(tensor['shape'])} in {tensor['chunks']} pieces")
+    return 0
+
+
+def prune_checkpoints(directory: str, keep: Keep, *, temporary: bool, dry_run: bool, as_json: bool) -> int:
+    path = _existing(directory)
+    swept = storage.temporaries(path) if temporary else []
+    try:
+        removed = storage.prune(path, newest=None, keep=keep, round_number=NO_ROUND, only_say=dry_run)
+        for one in [] if dry_run else swept:
+            shutil.rmtree(one)
+    except OSError as error:
+        raise OperatorError(f"a checkpoint in {path} could not be removed: {error.strerror}") from error
+    if as_json:
+        names = [one.name for one in swept]
+        _print_json({"directory": str(path), "removed": removed, "temporary": names, "dry_run": dry_run})
+        return 0
+    for name in [f"step {step}" for step in removed] + [one.name for one in swept]:
+        click.echo(f"{name}: {'would be removed' if dry_run else 'removed'}")
+    if not removed and not swept:
+        click.echo("nothing to remove")
+    return 0
+
+
+def pin_checkpoint(directory: str, step: int, *, pinned: bool) -> int:
+    path = _existing(directory)
+    try:
+        storage.pin(path / complete_name(_known(path, step)), pinned=pinned)
+    except OSError as error:
+        raise OperatorError(f"step {step} could not be pinned: {error.strerror}") from error
+    click.echo(f"step {step} is {'pinned' if pinned else 'not pinned any more'}")
+    return 0
+
+
+def export_checkpoint(directory: str, step: int, target: str) -> int:
+    path = _existing(directory)
+    checkpoint, out = path / complete_name(_known(path, step)), Path(target)
+    if out.exists():
+        raise ConfigError(f"{out} exists already: name a directory that does not")
+    _checked(lambda: storage.verify(checkpoint), step)
+    from elasticd.checkpoint.contents import export_model
+
+    count = export_model(checkpoint, out)
+    click.echo(f"{count} tensors of step {step} exported to {out}")
+    return 0
+
+
+def _existing(directory: str) -> Path:
+    path = Path(directory).absolute()
+    if not path.is_dir():
+        raise ConfigError(f"there is no directory {path}")
+    return path
+
+
+def _known(directory: Path, step: int) -> int:
+    if step not in (steps := storage.complete_steps(directory)):
+        there = f"; there are {', '.join(str(one) for one in steps[:10])}" if steps else ""
+        raise ConfigError(f"no checkpoint of step {step} in {directory}{there}")
+    return step
+
+
+def _checked(check: Any, step: int) -> Any:
+    try:
+        return check()
+    except CheckpointInvalid as error:
+        raise OperatorError(f"the checkpoint of step {step} does not verify: {error}") from error
+
+
+def _metadata_of(manifest: Manifest) -> tuple[Any, ...]:
+    return tuple(entry for entry in manifest.files if entry.name == METADATA_NAME)
+
+
+def _verify(directory: Path, step: int, pace: storage.Pace) -> dict[str, Any]:
+    started, problem, size_bytes = time.monotonic(), None, 0
+    try:
+        size_bytes = storage.verify(directory / complete_name(step), pace).size_bytes
+    except CheckpointInvalid as error:
+        problem = str(error)
+    return {"step": step, "size_bytes": size_bytes, "seconds": time.monotonic() - started, "problem": problem}
+
+
+def _verdict(result: Mapping[str, Any]) -> str:
+    if result["problem"]:
+        return f"step {result['step']}: DAMAGED: {result['problem']}"
+    speed = result["size_bytes"] / 1e6 / max(result["seconds"], 1e-9)
+    return f"step {result['step']}: whole, {_size(result['size_bytes'])} at {speed:.0f} MB/s"
+
+
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "size_bytes": manifest.size_bytes,
+        "world_size": manifest.world_size,
+        "job_id": manifest.job_id,
+        "round_number": manifest.round_number,
+        "torch_version": manifest.torch_version,
+        "saved_at_unix_s": manifest.saved_at_unix_s,
+    }
+
+
+def _row(one: Mapping[str, Any]) -> list[str]:
+    remark = one["problem"] or ("pinned" if one["pinned"] else "")
+    if "size_bytes" not in one:
+        return [str(one["step"]), "", "", "", "", remark]
+    saved = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(one["saved_at_unix_s"]))
+    return [str(one["step"]), _size(one["size_bytes"]), str(one["world_size"]), str(one["round_number"]), saved, remark]
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size_bytes < 1000 or unit == "GB":
+            break
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} {unit}" if unit != "GB" else f"{size_bytes:.1f} GB"
+
+
+def _print_json(document: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=2))
