@@ -12,7 +12,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -369,18 +370,23 @@ def test_that_an_old_one_cannot_be_removed_does_not_fail_the_save(
 # --- what can go wrong while saving ---
 
 
-@pytest.fixture
-def small_files() -> None:
-    """The kernel refuses to let any file of this process grow over 2000 bytes: a real error of write()."""
+@contextmanager
+def small_files() -> Iterator[None]:
+    """The kernel refuses to let any file of this process grow over 2000 bytes: a real error of write().
+
+    No fixture, since pytest's own output may go to a file, and is written before fixtures end.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_write_that_fails_fails_the_save_and_leaves_nothing(tmp_path: Path, small_files: None) -> None:
+def test_a_write_that_fails_fails_the_save_and_leaves_nothing(tmp_path: Path) -> None:
     """torch's writer reports success when a writer thread failed (TORCH.md, defect 6)."""
-    with pytest.raises(SaveFailed, match="step 1 was not saved: rank 0: "):
+    with small_files(), pytest.raises(SaveFailed, match="step 1 was not saved: rank 0: "):
         saver(tmp_path).save({"model": {"weight": torch.zeros(5000)}}, 1)
     assert names(tmp_path) == []
 
