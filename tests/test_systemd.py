@@ -88,7 +88,10 @@ class Nodes:
         self._trained: list[Trained] = []
 
     def boot(self, count: int) -> None:
-        self.nodes = [SystemdHost(self._hosts, f"node{i}", binds={self.shared: SHARED}) for i in range(count)]
+        binds = {self.shared: SHARED}
+        if TOP.is_relative_to("/tmp"):  # a node has a /tmp of its own, and this checkout is not in it
+            binds[TOP] = str(TOP)
+        self.nodes = [SystemdHost(self._hosts, f"node{i}", binds=binds) for i in range(count)]
         names = {node.host.name: node.host.address for node in self.nodes}
         for node in self.nodes:
             node.know(names)
