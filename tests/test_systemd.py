@@ -88,13 +88,13 @@ class Nodes:
         self._trained: list[Trained] = []
 
     def boot(self, count: int) -> None:
-        binds = {self.shared: SHARED}
-        if TOP.is_relative_to("/tmp"):  # a node has a /tmp of its own, and this checkout is not in it
-            binds[TOP] = str(TOP)
-        self.nodes = [SystemdHost(self._hosts, f"node{i}", binds=binds) for i in range(count)]
+        self.nodes = [SystemdHost(self._hosts, f"node{i}", binds={self.shared: SHARED}) for i in range(count)]
         names = {node.host.name: node.host.address for node in self.nodes}
         for node in self.nodes:
             node.know(names)
+            # A node has a /tmp of its own, and sees nothing of what is mounted here.
+            if TOP.is_relative_to("/tmp") or not node.folder(str(UNIT)).exists():
+                node.bind(TOP, str(TOP))
             self._install(node)
             node.boot()
 

@@ -92,6 +92,10 @@ class SystemdHost:
         self.folder("/etc/hostname").write_text(f"{self.host.name}\n")
         self.folder("/etc/machine-id").write_text(os.urandom(16).hex() + "\n")
 
+    def bind(self, outside: Path, inside: str) -> None:
+        """One more folder from outside, from the next boot on; writable."""
+        self._binds[outside] = inside
+
     def know(self, addresses: Mapping[str, str]) -> None:
         """Names of hosts for /etc/hosts, as any cluster has them."""
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
