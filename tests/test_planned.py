@@ -10,15 +10,12 @@ import itertools
 import json
 import math
 import os
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,14 +38,7 @@ from elasticd.worker.step import Step
 SEED, COUNT = 3, 8
 
 
-@pytest.fixture(autouse=True)
-def _in_plain_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in [name for name in os.environ if name.startswith(("ELASTICD_", "TORCHELASTIC_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("in_plain_python")
 
 
 class Points:

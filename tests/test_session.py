@@ -6,7 +6,6 @@ In plain python as a world of one, in worlds of forked ranks over real gloo, and
 from __future__ import annotations
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -42,15 +41,7 @@ from elasticd.worker.world import Place, choose_device
 SIZE, BATCH = 40, 6
 
 
-@pytest.fixture(autouse=True)
-def _in_plain_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Sessions of this very process are worlds of one, and leave no group behind."""
-    for name in [name for name in os.environ if name.startswith(("ELASTICD_", "TORCHELASTIC_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("in_plain_python")
 
 
 def trainee(session: Session) -> tuple[nn.Module, torch.optim.Optimizer]:

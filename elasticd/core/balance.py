@@ -4,7 +4,7 @@ A step lasts as long as its slowest rank: ``max(share * seconds)``. Shares chang
 micro-batch at a time from the rank that ends last to the one that would then end first, until no such move shortens the
 step. The result cannot be bettered: a shorter step would need a smaller share for the slowest rank, and no larger one
 for any other. Ranks do not fall below one micro-batch where there are enough: one without any would still compute a
-stand-in (worker/microbatches.py), and gain nothing.
+stand-in (worker/gradients.py), and gain nothing.
 
 What a window measures is noisy (a processor that is held back by its control group runs in bursts), so the mean of a
 rank's last windows counts. A single one that is far off (a checkpoint, another process) is left out of it; two in a row
