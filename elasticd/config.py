@@ -98,8 +98,18 @@ class DetectionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    """Copies of the workers' state in RAM. ``limit_bytes``: for all of them on this node, those kept for others too;
+    0 keeps none, None means a quarter of the machine's memory. ``folder`` is on tmpfs."""
+
+    limit_bytes: int | None = None
+    folder: str = "/dev/shm"  # noqa: S108 - it is there to be shared
+    port: int = 7422
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonConfig:
-    """All that a daemon is told. ``peer_port`` and ``metrics.port`` 0: the kernel chooses."""
+    """All that a daemon is told. ``peer_port``, ``metrics.port`` and ``memory.port`` 0: the kernel chooses."""
 
     node_id: str
     address: str
@@ -113,6 +123,7 @@ class DaemonConfig:
     links: LinksConfig = field(default_factory=LinksConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     @property
     def is_on_loopback(self) -> bool:
@@ -215,12 +226,19 @@ class _DetectionForm(_Form):
     lease_ttl_s: int = Field(default=5, ge=2, le=300)
 
 
+class _MemoryForm(_Form):
+    limit_bytes: int | None = Field(default=None, ge=0)
+    folder: str = "/dev/shm"  # noqa: S108 - it is there to be shared
+    port: int = Field(default=7422, ge=0, le=65535)
+
+
 class _DaemonForm(_Form):
     node: _NodeForm = Field(default_factory=_NodeForm)
     etcd: _EtcdForm = Field(default_factory=_EtcdForm)
     links: _LinksForm = Field(default_factory=_LinksForm)
     metrics: _MetricsForm = Field(default_factory=_MetricsForm)
     detection: _DetectionForm = Field(default_factory=_DetectionForm)
+    memory: _MemoryForm = Field(default_factory=_MemoryForm)
 
 
 class _JobForm(_Form):
@@ -261,6 +279,7 @@ def load_daemon(path: str, environment: Mapping[str, str] = os.environ) -> Daemo
         links=LinksConfig(**form.links.model_dump()),
         metrics=MetricsConfig(**form.metrics.model_dump()),
         detection=DetectionConfig(**form.detection.model_dump()),
+        memory=MemoryConfig(**form.memory.model_dump()),
     )
     return checked(config)
 
@@ -318,6 +337,7 @@ def config_for_run(
             log_dir="",
             links=replace(own, insecure=own.insecure or not own.tls),
             metrics=replace(known.metrics, address=place, port=0),
+            memory=replace(known.memory, port=0),
         )
     )
 
@@ -332,6 +352,8 @@ def checked(config: DaemonConfig) -> DaemonConfig:
         raise ConfigError(f"node.address {config.address} is not one that other nodes can reach: name this host's own")
     if config.detection.dead_after_s < 2 * config.detection.heartbeat_s:
         raise ConfigError("detection.dead_after_s must be at least twice detection.heartbeat_s")
+    if config.memory.limit_bytes != 0 and not Path(config.memory.folder).is_dir():
+        raise ConfigError(f"memory.folder {config.memory.folder}: no such folder; name one on tmpfs, as /dev/shm is")
     links = config.links
     _belong_together("links", ca=links.ca, cert=links.cert, key=links.key)
     _belong_together("metrics", tls_cert=config.metrics.tls_cert, tls_key=config.metrics.tls_key)

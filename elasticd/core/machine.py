@@ -335,7 +335,7 @@ class Machine:
         due = self._proposer.consider(situation, seniority(situation, self.node.node_id, self.links), boundary_at, now)
         if due.ask_boundary and task.boundary_asked is None:
             task.boundary_asked = (task.started_round, now)
-            yield messages.RequestBoundary(round_number=task.started_round)
+            yield messages.RequestBoundary(round_number=task.started_round, need=due.need)
             self._wake(now + task.spec.boundary_timeout_s)
         if due.wake_at is not None:
             self._wake(due.wake_at)

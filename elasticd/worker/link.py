@@ -18,8 +18,10 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 
 from elasticd.channel import Channel, Message
+from elasticd.core.memory import Need
 from elasticd.errors import ChannelClosed, ProtocolError
 
 log = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ class DaemonLink:
         #: Whether a step is under way. Set by the training thread, without a lock: it costs the step nothing.
         self.in_step = False
         self._round_number = int(hello["round"])
-        self._boundary_wanted = False
+        self._stop_need = Need.NOTHING
         self._refusal = ""
         self._closed = threading.Event()
         self._drained = threading.Event()
@@ -90,13 +92,15 @@ class DaemonLink:
         self._reports = Folded()
         self._closing = False
         self._next_report_at = 0.0
+        self._asked: dict[int, SimpleQueue[Message | None]] = {}
+        self._last_id = 0
         for target, channel in ((self._read, reader), (self._write, Channel(self._socket))):
             threading.Thread(target=target, args=(channel,), name="elasticd-link", daemon=True).start()
 
     @property
-    def boundary_wanted(self) -> bool:
-        """The daemon has asked for a stop at the next common step boundary of this round."""
-        return self._boundary_wanted
+    def stop_need(self) -> Need:
+        """What the daemon asks of the state at a stop at the next common step boundary; NOTHING: for no stop."""
+        return self._stop_need
 
     @property
     def refusal(self) -> str:
@@ -116,6 +120,28 @@ class DaemonLink:
             if not self._closed.is_set():
                 self._outbox.append({**message, "round": self._round_number})
                 self._ready.notify()
+
+    def request(self, message: Message, timeout_s: float) -> Message:
+        """Ask, and wait for the answer, in any thread. ChannelClosed when none came."""
+        answers: SimpleQueue[Message | None] = SimpleQueue()
+        with self._ready:
+            if self._closed.is_set():
+                raise ChannelClosed("the daemon is gone")
+            self._last_id += 1
+            number = self._last_id
+            self._asked[number] = answers
+            self._outbox.append({**message, "id": number, "round": self._round_number})
+            self._ready.notify()
+        try:
+            answer = answers.get(timeout=timeout_s)
+        except Empty:
+            raise ChannelClosed(f"the daemon has not answered for {timeout_s:g} s") from None
+        finally:
+            with self._ready:
+                self._asked.pop(number, None)
+        if answer is None:
+            raise ChannelClosed("the daemon is gone")
+        return answer
 
     def wait_closed(self, timeout_s: float | None = None) -> bool:
         """Wait until the daemon is gone. Whether it is."""
@@ -143,9 +169,14 @@ class DaemonLink:
 
     def _receive(self, message: Message) -> None:
         if message["type"] == "boundary_wanted" and message.get("round") == self._round_number:
-            self._boundary_wanted = True
+            self._stop_need = Need(message.get("need", Need.DISK))
         elif message["type"] == "commit_result" and not message.get("committed", True):
             self._refusal = str(message.get("reason") or "a newer round stands")
+        elif message["type"] == "memory_answer":
+            with self._ready:
+                asked = self._asked.get(message["id"])
+            if asked is not None:
+                asked.put(message)
 
     def _write(self, channel: Channel) -> None:
         try:
@@ -191,4 +222,6 @@ class DaemonLink:
         with self._ready:
             self._reports = Folded()
             self._outbox.clear()
+            for answers in self._asked.values():
+                answers.put(None)
             self._ready.notify()

@@ -1,0 +1,183 @@
+"""What daemons say to each other about copies in RAM: one keeps another's, and gives them back. Threads, blocking.
+
+``put`` hands a generation to a buddy, ``get`` has parts of one back; both name the job, the generation and the node
+that wrote it, and every byte is checked against the index on arrival. Not here: whom to ask (memory_service.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from elasticd.cluster.memory_link import DataConnection, Header
+from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Generation, Index, decode_index, format_bytes, seal_of
+from elasticd.core.model import JobId, NodeId
+from elasticd.daemon.memory import MemoryStore, StoredFile
+from elasticd.errors import CheckpointInvalid, MemoryRefused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a daemon serves copies."""
+
+    node_id: NodeId
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    size_bytes: int
+    seconds: float
+
+
+class Copies:
+    """This node's part in it. ``takes_part``: whether this node is in that job now, and so keeps copies for it."""
+
+    def __init__(
+        self, me: NodeId, store: MemoryStore, tls: ssl.SSLContext | None, takes_part: Callable[[JobId], bool]
+    ) -> None:
+        self._me, self._store, self._tls, self._takes_part = me, store, tls, takes_part
+
+    # --- the side that asks ---
+
+    def put(self, job_id: JobId, generation: Generation, to: Place, committed: Generation | None) -> Sent:
+        """Have this node's own parts kept there. Returns once they are, and are whole.
+
+        ``committed``: older generations need not be kept any more. MemoryRefused, with the reason, when it cannot be.
+        """
+        started = time.monotonic()
+        index, parts = self._store.own_copy(job_id, generation)
+        index_file, index_bytes = self._store.index(job_id, generation, seal_of(index))
+        with _refusals(to.node_id), DataConnection.dial(to.address, to.port, self._tls) as connection:
+            connection.ask(
+                {
+                    "op": "put",
+                    "job": job_id,
+                    "writer": self._me,
+                    "index_bytes": index_bytes,
+                    "ranks": sorted(index.ranks_of(self._me)),
+                    "committed": _plain(committed),
+                }
+            )
+            connection.send_file(index_file.descriptor, index_bytes)
+            for file in parts:
+                connection.send_file(file.descriptor, file.size_bytes)
+            connection.answer()
+        size_bytes = index_bytes + sum(file.size_bytes for file in parts)
+        return Sent(size_bytes=size_bytes, seconds=time.monotonic() - started)
+
+    def get(
+        self, job_id: JobId, generation: Generation, seal: int, writer: NodeId, ranks: list[int], of: Place
+    ) -> int:
+        """Fetch these ranks' parts and the index; how many bytes came. MemoryRefused, with the reason."""
+        with _refusals(of.node_id), DataConnection.dial(of.address, of.port, self._tls) as connection:
+            wanted = {"step": generation.step, "round": generation.round_number, "seal": seal}
+            answer = connection.ask({"op": "get", "job": job_id, "writer": writer, "ranks": ranks, **wanted})
+            index_bytes = int(answer["index_bytes"])
+            index = self._receive(connection, job_id, writer, index_bytes, ranks, fetched=True)
+            if (index.generation, seal_of(index)) != (generation, seal):
+                raise MemoryRefused("it sent another generation")
+            return index_bytes + sum(index.part(rank).size_bytes for rank in ranks)
+
+    # --- the side that answers ---
+
+    def serve(self, connection: DataConnection, header: Header) -> None:
+        """One request. What is wrong with it is raised, and ends the connection."""
+        job_id = JobId(str(header["job"]))
+        if not self._takes_part(job_id):
+            raise MemoryRefused(f"node {self._me} does not take part in job {job_id}")
+        match header.get("op"):
+            case "put":
+                self._serve_put(connection, header, job_id)
+            case "get":
+                self._serve_get(connection, header, job_id)
+            case other:
+                raise ValueError(f"no such request: {other!r}")
+
+    def _serve_put(self, connection: DataConnection, header: Header, job_id: JobId) -> None:
+        committed = header.get("committed")
+        if committed is not None:
+            self._store.commit(job_id, Generation(step=int(committed[0]), round_number=int(committed[1])))
+        writer, ranks = NodeId(str(header["writer"])), [int(rank) for rank in header["ranks"]]
+        if writer == self._me:
+            raise MemoryRefused("a node is not its own buddy")
+        connection.send({"ok": True})
+        self._receive(connection, job_id, writer, int(header["index_bytes"]), ranks, fetched=False)
+        connection.send({"ok": True})
+
+    def _serve_get(self, connection: DataConnection, header: Header, job_id: JobId) -> None:
+        generation = Generation(step=int(header["step"]), round_number=int(header["round"]))
+        seal = int(header["seal"])
+        index_file, index_bytes = self._store.index(job_id, generation, seal)
+        files = [self._store.part(job_id, generation, seal, int(rank)) for rank in header["ranks"]]
+        connection.send({"ok": True, "index_bytes": index_bytes})
+        connection.send_file(index_file.descriptor, index_bytes)
+        for file in files:
+            connection.send_file(file.descriptor, file.size_bytes)
+
+    # --- both ---
+
+    def _receive(
+        self,
+        connection: DataConnection,
+        job_id: JobId,
+        writer: NodeId,
+        index_bytes: int,
+        ranks: list[int],
+        *,
+        fetched: bool,
+    ) -> Index:
+        """An index and these parts of it, kept once all of it has come and matches. MemoryRefused otherwise."""
+        taken: list[StoredFile] = []
+        try:
+            index_file = self._store.receive_index(job_id, writer, index_bytes, f"from-{writer}")
+            taken.append(index_file)
+            connection.receive_file(index_file.descriptor, index_bytes)
+            index = _read_index(index_file, index_bytes)
+            if not set(ranks) <= index.ranks_of(writer):
+                raise MemoryRefused(f"node {writer} did not write the parts of ranks {ranks}")
+            name = f"step-{index.generation.step}.r{index.generation.round_number}.from-{writer}"
+            parts = {}
+            for part in (index.part(rank) for rank in ranks):
+                file = self._store.receive_part(
+                    job_id, writer, part.rank, part.size_bytes, name, fetched=fetched
+                )
+                taken.append(file)
+                parts[part.rank] = file
+                if connection.receive_file(file.descriptor, part.size_bytes) != part.crc32:
+                    raise MemoryRefused(
+                        f"the part of rank {part.rank} of step {index.generation.step} "
+                        f"({format_bytes(part.size_bytes)}) does not match its checksum"
+                    )
+            self._store.take_copy(job_id, writer, index_file, index_bytes, parts)
+        except BaseException:
+            self._store.discard(job_id, taken)
+            raise
+        return index
+
+
+def _read_index(file: StoredFile, index_bytes: int) -> Index:
+    try:
+        return decode_index(os.pread(file.descriptor, min(index_bytes, MAX_INDEX_LINE_BYTES), 0).partition(b"\n")[0])
+    except CheckpointInvalid as error:
+        raise MemoryRefused(str(error)) from error
+
+
+def _plain(generation: Generation | None) -> list[int] | None:
+    return None if generation is None else [generation.step, generation.round_number]
+
+
+@contextlib.contextmanager
+def _refusals(node_id: NodeId) -> Iterator[None]:
+    """Whatever goes wrong with another node is one kind of failure here, and says which node it was."""
+    try:
+        yield
+    except MemoryRefused as error:
+        raise MemoryRefused(f"node {node_id}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MemoryRefused(f"node {node_id}: {error}") from error
