@@ -229,7 +229,7 @@ class _DetectionForm(_Form):
 class _MemoryForm(_Form):
     limit_bytes: int | None = Field(default=None, ge=0)
     folder: str = "/dev/shm"  # noqa: S108 - it is there to be shared
-    port: int = Field(default=7422, ge=0, le=65535)
+    port: int | None = Field(default=None, ge=0, le=65535)
 
 
 class _DaemonForm(_Form):
@@ -279,9 +279,16 @@ def load_daemon(path: str, environment: Mapping[str, str] = os.environ) -> Daemo
         links=LinksConfig(**form.links.model_dump()),
         metrics=MetricsConfig(**form.metrics.model_dump()),
         detection=DetectionConfig(**form.detection.model_dump()),
-        memory=MemoryConfig(**form.memory.model_dump()),
+        memory=_memory(form),
     )
     return checked(config)
+
+
+def _memory(form: _DaemonForm) -> MemoryConfig:
+    """Where the kernel is to choose the daemon's port, it chooses this one too, unless it is named."""
+    asked = form.memory
+    port = asked.port if asked.port is not None else 7422 if form.node.peer_port else 0
+    return MemoryConfig(limit_bytes=asked.limit_bytes, folder=asked.folder, port=port)
 
 
 def load_etcd(path: str, endpoints: str = "") -> EtcdConfig:

@@ -72,6 +72,25 @@ class _Copy:
         return self.index is not None and self.index.ranks_of(writer) <= self.sealed.keys()
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A file that stays open for its reader, whatever becomes of the copy meanwhile. To be closed."""
+
+    path: Path
+    descriptor: int
+    size_bytes: int
+
+    @classmethod
+    def of(cls, file: StoredFile, size_bytes: int | None = None) -> Reading:
+        return cls(file.path, os.dup(file.descriptor), file.size_bytes if size_bytes is None else size_bytes)
+
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
+
+
 _Key = tuple[Generation, NodeId]  # the node that wrote it
 
 
@@ -241,29 +260,31 @@ class MemoryStore:
                 for (generation, seal), (own, copied, size) in found.items()
             ]
 
-    def part(self, job_id: JobId, generation: Generation, seal: int, rank: int) -> StoredFile:
+    def part(self, job_id: JobId, generation: Generation, seal: int, rank: int) -> Reading:
         """MemoryRefused when it is not here."""
         with self._lock:
             for copy in self._copies(job_id, generation, seal):
                 if rank in copy.sealed:
-                    return copy.parts[rank]
+                    return Reading.of(copy.parts[rank])
         raise MemoryRefused(f"node {self._me} does not have the part of rank {rank} of step {generation.step}")
 
-    def index(self, job_id: JobId, generation: Generation, seal: int) -> tuple[StoredFile, int]:
-        """The file, and how many of its bytes count. MemoryRefused when it is not here."""
+    def index(self, job_id: JobId, generation: Generation, seal: int) -> Reading:
+        """As many of its bytes as count. MemoryRefused when it is not here."""
         with self._lock:
             for copy in self._copies(job_id, generation, seal):
                 if copy.index_file is not None:
-                    return copy.index_file, copy.index_bytes
+                    return Reading.of(copy.index_file, copy.index_bytes)
         raise MemoryRefused(f"node {self._me} does not have the index of step {generation.step}")
 
-    def own_copy(self, job_id: JobId, generation: Generation) -> tuple[Index, list[StoredFile]]:
-        """The index, and this node's own parts in the order of their ranks. MemoryRefused when it is not whole."""
+    def own_copy(self, job_id: JobId, generation: Generation) -> tuple[Index, list[Reading]]:
+        """The index, its file, and this node's own parts in the order of their ranks. MemoryRefused when not whole."""
         with self._lock:
             copy = self._job(job_id).copies.get((generation, self._me))
-            if copy is None or copy.index is None or not copy.complete(self._me):
+            if copy is None or copy.index is None or copy.index_file is None or not copy.complete(self._me):
                 raise MemoryRefused(f"node {self._me} has no whole copy of step {generation.step}")
-            return copy.index, [copy.parts[rank] for rank in sorted(copy.index.ranks_of(self._me))]
+            index_file = Reading.of(copy.index_file, copy.index_bytes)
+            parts = [copy.parts[rank] for rank in sorted(copy.index.ranks_of(self._me))]
+            return copy.index, [index_file, *(Reading.of(file) for file in parts)]
 
     def held(self) -> Held:
         with self._lock:
@@ -324,8 +345,7 @@ class MemoryStore:
         """What was received in part only."""
         with self._lock:
             job = self._jobs.get(job_id)
-            if job is not None:
-                self._free(job, files, again=True)
+            self._free(job, files, again=job is not None)
 
     def close(self) -> None:
         with self._lock:
@@ -430,10 +450,10 @@ class MemoryStore:
             self._free(job, [copy.index_file], again=True)
             copy.index_file = None
 
-    def _free(self, job: _Job, files: list[StoredFile], *, again: bool) -> None:
+    def _free(self, job: _Job | None, files: list[StoredFile], *, again: bool) -> None:
         """``again``: one file of each tag is kept for its next user: fresh pages cost more than the copy itself."""
         for file in files:
-            if again and not file.fetched and all(one.tag != file.tag for one in job.spares):
+            if job is not None and again and not file.fetched and all(one.tag != file.tag for one in job.spares):
                 job.spares.append(file)
                 continue
             file.path.unlink(missing_ok=True)

@@ -51,25 +51,26 @@ class Copies:
         ``committed``: older generations need not be kept any more. MemoryRefused, with the reason, when it cannot be.
         """
         started = time.monotonic()
-        index, parts = self._store.own_copy(job_id, generation)
-        index_file, index_bytes = self._store.index(job_id, generation, seal_of(index))
-        with _refusals(to.node_id), DataConnection.dial(to.address, to.port, self._tls) as connection:
+        index, files = self._store.own_copy(job_id, generation)
+        with contextlib.ExitStack() as stack:
+            for file in files:
+                stack.enter_context(file)
+            stack.enter_context(_refusals(to.node_id))
+            connection = stack.enter_context(DataConnection.dial(to.address, to.port, self._tls))
             connection.ask(
                 {
                     "op": "put",
                     "job": job_id,
                     "writer": self._me,
-                    "index_bytes": index_bytes,
+                    "index_bytes": files[0].size_bytes,
                     "ranks": sorted(index.ranks_of(self._me)),
                     "committed": _plain(committed),
                 }
             )
-            connection.send_file(index_file.descriptor, index_bytes)
-            for file in parts:
+            for file in files:
                 connection.send_file(file.descriptor, file.size_bytes)
             connection.answer()
-        size_bytes = index_bytes + sum(file.size_bytes for file in parts)
-        return Sent(size_bytes=size_bytes, seconds=time.monotonic() - started)
+        return Sent(size_bytes=sum(file.size_bytes for file in files), seconds=time.monotonic() - started)
 
     def get(
         self, job_id: JobId, generation: Generation, seal: int, writer: NodeId, ranks: list[int], of: Place
@@ -113,12 +114,13 @@ class Copies:
     def _serve_get(self, connection: DataConnection, header: Header, job_id: JobId) -> None:
         generation = Generation(step=int(header["step"]), round_number=int(header["round"]))
         seal = int(header["seal"])
-        index_file, index_bytes = self._store.index(job_id, generation, seal)
-        files = [self._store.part(job_id, generation, seal, int(rank)) for rank in header["ranks"]]
-        connection.send({"ok": True, "index_bytes": index_bytes})
-        connection.send_file(index_file.descriptor, index_bytes)
-        for file in files:
-            connection.send_file(file.descriptor, file.size_bytes)
+        with contextlib.ExitStack() as stack:
+            found = [self._store.index(job_id, generation, seal)]
+            found += [self._store.part(job_id, generation, seal, int(rank)) for rank in header["ranks"]]
+            files = [stack.enter_context(file) for file in found]
+            connection.send({"ok": True, "index_bytes": files[0].size_bytes})
+            for file in files:
+                connection.send_file(file.descriptor, file.size_bytes)
 
     # --- both ---
 

@@ -271,14 +271,17 @@ class MemoryService:
             missing = {(index_from[0], tuple(index_from)): []}
         for (writer, nodes), ranks in missing.items():
             size_bytes += self._fetch_from(job_id, generation, seal, writer, ranks, nodes, places)
-        index_file, index_bytes = self.store.index(job_id, generation, seal)
-        paths = [[rank, str(self.store.part(job_id, generation, seal, rank).path)] for rank in wanted]
-        return {
-            "paths": paths,
-            "index_path": str(index_file.path),
-            "index_bytes": index_bytes,
-            "fetched_bytes": size_bytes,
-        }
+        paths = []
+        for rank in wanted:
+            with self.store.part(job_id, generation, seal, rank) as part:
+                paths.append([rank, str(part.path)])
+        with self.store.index(job_id, generation, seal) as index:
+            return {
+                "paths": paths,
+                "index_path": str(index.path),
+                "index_bytes": index.size_bytes,
+                "fetched_bytes": size_bytes,
+            }
 
     def _fetch_from(
         self,
@@ -305,17 +308,17 @@ class MemoryService:
 
     def _has(self, job_id: JobId, generation: Generation, seal: int, rank: int) -> bool:
         try:
-            self.store.part(job_id, generation, seal, rank)
+            with self.store.part(job_id, generation, seal, rank):
+                return True
         except MemoryRefused:
             return False
-        return True
 
     def _has_index(self, job_id: JobId, generation: Generation, seal: int) -> bool:
         try:
-            self.store.index(job_id, generation, seal)
+            with self.store.index(job_id, generation, seal):
+                return True
         except MemoryRefused:
             return False
-        return True
 
     # --- threads ---
 

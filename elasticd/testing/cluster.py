@@ -94,7 +94,7 @@ class Cluster:
         self.folder = folder or Path(tempfile.mkdtemp(prefix="elasticd-"))
         self.sockets = Path(tempfile.mkdtemp(prefix="ed-"))
         #: On tmpfs: what killed nodes leave there goes with the cluster.
-        self.memory = Path(tempfile.mkdtemp(prefix="ed-", dir="/dev/shm"))  # noqa: S108
+        self.memory = Path(tempfile.mkdtemp(prefix="ed-", dir="/dev/shm"))
         self.nodes: list[ClusterNode] = []
         self._close = contextlib.ExitStack()
         self._tail = Tail()
