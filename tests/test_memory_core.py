@@ -108,7 +108,12 @@ def holding(node: str, step: int, own: tuple = (), copied: tuple = (), *, seal: 
 
 
 def test_a_generation_is_whole_when_the_live_nodes_have_every_part() -> None:
-    held = [holding("a", 4, (0,), (2,)), holding("b", 4, (1,), (0,)), holding("a", 2, (0,), (2,)), holding("b", 2, (1,))]
+    held = [
+        holding("a", 4, (0,), (2,)),
+        holding("b", 4, (1,), (0,)),
+        holding("a", 2, (0,), (2,)),
+        holding("b", 2, (1,)),
+    ]
     whole, torn = find_whole(held)
     assert [(one.generation.step, one.needs_buddy) for one in whole] == [(4, True), (2, True)]
     assert whole[0].holders == {0: ("a", "b"), 1: ("b",), 2: ("a",)}
@@ -147,7 +152,9 @@ def test_a_whole_generation_has_one_seal_and_every_rank(data: st.DataObject) -> 
         for rank, nodes in one.holders.items():
             for node in nodes:
                 assert any(
-                    h.node_id == node and (h.generation, h.seal) == (one.generation, one.seal) and rank in h.own + h.copied
+                    h.node_id == node
+                    and (h.generation, h.seal) == (one.generation, one.seal)
+                    and rank in h.own + h.copied
                     for h in held
                 )
     assert len(whole) + len(torn) == len({(h.generation, h.seal) for h in held})
@@ -159,7 +166,10 @@ INDEX = Index(
     job_id="j",
     metadata_bytes=10,
     metadata_crc32=5,
-    parts=(Part(rank=0, node_id=NodeId("a"), size_bytes=3, crc32=1), Part(rank=1, node_id=NodeId("b"), size_bytes=0, crc32=0)),
+    parts=(
+        Part(rank=0, node_id=NodeId("a"), size_bytes=3, crc32=1),
+        Part(rank=1, node_id=NodeId("b"), size_bytes=0, crc32=0),
+    ),
 )
 
 
@@ -185,7 +195,13 @@ def test_a_combined_checksum_depends_on_every_block_and_its_place() -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "goes_on", "need"),
-    [("abcd", True, Need.COPY), ("ab", True, Need.BUDDY), ("a", True, Need.DISK), ("abc", False, Need.DISK), ("", False, Need.DISK)],
+    [
+        ("abcd", True, Need.COPY),
+        ("ab", True, Need.BUDDY),
+        ("a", True, Need.DISK),
+        ("abc", False, Need.DISK),
+        ("", False, Need.DISK),
+    ],
 )
 def test_what_a_change_asks_of_the_state(wanted: str, goes_on: bool, need: Need) -> None:
     assert need_of_change([NodeId(n) for n in "abc"], [NodeId(n) for n in wanted], goes_on=goes_on) is need

@@ -231,8 +231,11 @@ class Session:
         def make_state(world_size: int) -> dict[str, Any]:
             return registered.capture() | self._own_state(with_random=self.rank < world_size)
 
+        had_state = registered.has_optimizer_state
         restored = memory.restore(make_state, at_least=at_least)
         if restored is None:
+            if not had_state:
+                registered.drop_optimizer_state()
             return False
         registered.apply(restored.state)
         self._take_own_state(restored.state, restored.step)
