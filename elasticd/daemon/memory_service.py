@@ -139,6 +139,7 @@ class MemoryService:
             case "fetch":
                 self._fetch(caller, message, _need(generation))
             case "restored":
+                self._committed = generation  # what was committed later is void, and must not be taken for newer
                 self._quietly(self.store.keep_only, caller.job_id, generation)
             case "refused":
                 self._tell("memory_refused", {"step": int(message["step"]), "reason": str(message["reason"])[:1024]})
@@ -389,7 +390,7 @@ def _need(generation: Generation | None) -> Generation:
 
 
 def _tag(caller: Caller) -> str:
-    return f"worker-{id(caller)}"
+    return f"round-{caller.round_number}-rank-{caller.rank}-{id(caller)}"
 
 
 def _uid_of(user: str) -> int:
