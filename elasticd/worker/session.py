@@ -342,7 +342,8 @@ class Session:
     def _own_state(self, *, with_random: bool) -> dict[str, Any]:
         cursor = {"epoch": self.cursor.epoch, "index": self.cursor.index}
         data = {"cursor": cursor, "seed": self._seed, "dataset_size": self.dataset_size}
-        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, **data})}
+        stream = self.planned.stream_state(self._completed) if self.planned is not None else None
+        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, "stream": stream, **data})}
         if with_random:
             state["random"] = {str(self.rank): capture_random(self.device)}
         return state
@@ -372,6 +373,8 @@ class Session:
             )
         self._completed = self._saved_step = step
         self.cursor, self.dataset_size = Cursor(**own["cursor"]), own["dataset_size"]
+        if self.planned is not None:
+            self.planned.resume_stream(own.get("stream"))
         if "random" in state:
             apply_random(state["random"][str(self.rank)], self.device)
         else:

@@ -16,6 +16,7 @@ from elasticd.errors import ConfigError
 from elasticd.worker.data import Cursor, sample_ids, shard
 from elasticd.worker.loading import Collate, Source
 from elasticd.worker.planned import PlannedSteps, StepWork
+from elasticd.worker.stream import is_stream
 
 
 class Host(Protocol):
@@ -102,8 +103,14 @@ class Step:
         ``dataset`` has ``__len__`` and ``__getitem__`` (or ``__getitems__``); ``workers`` processes load ``prefetch``
         micro-batches each ahead of time, 0 loads here; ``collate`` as in torch's DataLoader.
 
-        ConfigError without ``Session(micro_batches=...)``; ValueError when a step does not fit the data set, or it has
-        changed its size in the middle of an epoch; NotFinite in exact mode.
+        Or it is a stream: an IterableDataset, any other iterable that can be begun anew, or a (Stateful)DataLoader over
+        one, with batches of ``size`` and ``drop_last``. Micro-batches are then its own in its own order, the same on
+        any world; every rank reads the whole of it and keeps its part (worker/stream.py: why, and at what cost). The
+        same object in each step; where it stands is in the checkpoint.
+
+        ConfigError without ``Session(micro_batches=...)``, or when a checkpoint's stream was read in another way;
+        ValueError when a step does not fit the data set, it has changed its size in the middle of an epoch, or a stream
+        has not one micro-batch; NotFinite in exact mode.
         """
         planned = self._host.planned
         if planned is None:
@@ -112,8 +119,9 @@ class Step:
             raise RuntimeError("loop over step.micro_batches() once in each step, inside 'with step:'")
         if size < 1 or workers < 0 or prefetch < 1:
             raise ValueError("a micro-batch has at least 1 sample, workers are not negative, and prefetch at least 1")
-        length = len(dataset)
-        self._advance(length, planned.micro_batches * size)
+        length = 0 if is_stream(dataset) else len(dataset)
+        if not is_stream(dataset):
+            self._advance(length, planned.micro_batches * size)
         self._work = StepWork(planned)
         source = Source(dataset=dataset, length=length, size=size, workers=workers, prefetch=prefetch, collate=collate)
         return planned.run(self.index, self._host.cursor, source, self._work)
