@@ -46,7 +46,8 @@ import torch.distributed as dist
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
 from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
-from elasticd.checkpoint.restore import Found, PassedOver, agree_on_newest, load_into
+from elasticd.checkpoint.manifest import Manifest
+from elasticd.checkpoint.restore import PassedOver, Restored, restore_newest
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
 from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed
@@ -195,20 +196,18 @@ class Session:
         checksums, so it is taken unverified, with a warning, and unpickled; steps are counted from 0.
 
         ConfigError when the checkpoint is not of the model and optimizer that are registered, was made with another
-        seed, or is not there for every rank.
+        seed, or is not there for every rank. StateLost when what was registered has been overwritten by a checkpoint
+        that proved damaged, and no other one is whole.
         """
         registered = self._known()
         self._restored = True
-        found = self._find_newest()
+        found = self._restore_newest(registered)
         if found is None:
             if start_from is not None:
                 self._start_from(registered, Path(start_from))
             return self._completed
-        own = self._own_state(with_random=self.rank < found.manifest.world_size)
-        state = registered.capture() | own
-        load_into(state, found.path)
-        registered.apply(state)
-        self._take_own_state(state, found.manifest.step)
+        registered.apply(found.state)
+        self._take_own_state(found.state, found.manifest.step)
         return self._completed
 
     def steps(self, until: int | None = None) -> Iterator[Step]:
@@ -347,14 +346,19 @@ class Session:
             state["random"] = {str(self.rank): capture_random(self.device)}
         return state
 
-    def _find_newest(self) -> Found | None:
+    def _restore_newest(self, registered: Registered) -> Restored | None:
         if self._directory is None:
             return None
+
+        def make_state(manifest: Manifest) -> dict[str, Any]:
+            return registered.capture() | self._own_state(with_random=self.rank < manifest.world_size)
+
         passed_over: list[PassedOver] = []
-        found = agree_on_newest(self._directory, self._control.group, passed_over)
-        if passed_over and self._link is not None:
-            self._link.post({"type": "passed_over", "count": len(passed_over)})
-        return found
+        try:
+            return restore_newest(self._directory, self._control.group, make_state, passed_over)
+        finally:
+            if passed_over and self._link is not None:
+                self._link.post({"type": "passed_over", "count": len(passed_over)})
 
     def _start_from(self, registered: Registered, path: Path) -> None:
         parts = agree_on_foreign(path, self._control.group)
