@@ -82,7 +82,8 @@ class Session:
 
     ``micro_batches``: how many a step has, on all ranks together and for the whole job, for ``step.micro_batches``.
     ``max_micro_batches``: no more than so many in a step for this rank. ``balance``: "on" gives faster ranks more of
-    them, "off" divides them equally, "auto" is on where each rank holds the whole model. ``exact``: gradients are
+    them, "off" divides them equally, "auto" is on where each rank holds the whole model, numbers divide them in that
+    proportion: (1, 2, 5) gives rank 2 five times as many as rank 0. ``exact``: gradients are
     summed in fixed point, the same bits on any world (worker/exact.py says what that costs, and does not cover).
 
     ConfigError when the directory is not writable or the environment is not whole.
