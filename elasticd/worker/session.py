@@ -56,7 +56,8 @@ from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
 from elasticd.worker.link import DaemonLink, StepReport
 from elasticd.worker.planned import PlannedSteps
-from elasticd.worker.shares import Balance, make_work
+from elasticd.worker.shares import Balance, as_told, make_work
+from elasticd.worker.speeds import BusySteps, SpeedReports
 from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, derive_seed, seed_random
 from elasticd.worker.step import Step
 from elasticd.worker.waiting import GradientWait
@@ -125,6 +126,7 @@ class Session:
             )
         self._registered: Registered | None = None
         self._waiting = GradientWait()
+        self._busy, self._speeds = BusySteps(self.device), SpeedReports()
         self._restored = self._in_step = False
         self._completed = 0
         self._until: int | None = None
@@ -299,7 +301,7 @@ class Session:
         self._waiting.take()
         wanted = self._link is not None and self._link.boundary_wanted
         due = self._saves_at(self._completed + 1)
-        own = self.planned.measure if self.planned is not None else lambda: 0
+        own = self.planned.measure if self.planned is not None else lambda: as_told(self._busy.take())
         self._control.start(self._completed, stop_wanted=wanted, due=due, own=own)
 
     def abandon(self) -> None:
@@ -313,16 +315,29 @@ class Session:
         self.cursor, self.dataset_size = step.next_cursor, step.dataset_size
         if self.planned is not None:
             self.planned.decide(self._completed, self._control.told)
+        waited_s = self._waiting.take() + blocked_s
+        self._busy.add(seconds - waited_s)
+        if self._control.told and self._place.local_rank == 0:
+            self._report_speeds(self._link, self._control.told)
         if self._link is not None:
             self._link.report(
                 StepReport(
                     step=self._completed,
                     seconds=seconds,
-                    wait_seconds=self._waiting.take() + blocked_s,
+                    wait_seconds=waited_s,
                     samples=step.samples,
                     metrics=step.metrics,
                 )
             )
+
+    def _report_speeds(self, link: DaemonLink | None, told: list[int]) -> None:
+        self._speeds.add(told)
+        message = self._speeds.take()
+        if link is None or message is None:
+            return
+        planned = self.planned
+        shares = {"shares": planned.shares, "balanced": planned.balanced} if planned is not None else {}
+        link.post(message | shares)
 
     def _tell_shares(self, event: Mapping[str, Any]) -> None:
         """All ranks have decided the same: one of them says so."""
