@@ -62,6 +62,11 @@ class PlannedSteps:
     def shares(self) -> tuple[int, ...]:
         return self._shares.plan.shares
 
+    @property
+    def balanced(self) -> bool:
+        """Whether shares follow speed."""
+        return self._shares.balanced
+
     # What the session does between steps.
 
     def use(self, registered: Registered) -> None:

@@ -59,7 +59,8 @@ from elasticd.worker.data import Cursor
 from elasticd.worker.layout import Layout, arrange
 from elasticd.worker.link import DaemonLink, StepReport
 from elasticd.worker.planned import PlannedSteps
-from elasticd.worker.shares import Balance, make_work
+from elasticd.worker.shares import Balance, as_told, make_work
+from elasticd.worker.speeds import BusySteps, SpeedReports
 from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, derive_seed, seed_random
 from elasticd.worker.step import Step
 from elasticd.worker.waiting import GradientWait
@@ -85,7 +86,8 @@ class Session:
 
     ``micro_batches``: how many a step has, on all ranks together and for the whole job, for ``step.micro_batches``.
     ``max_micro_batches``: no more than so many in a step for this rank. ``balance``: "on" gives faster ranks more of
-    them, "off" divides them equally, "auto" is on where each rank holds the whole model. ``exact``: gradients are
+    them, "off" divides them equally, "auto" is on where each rank holds the whole model, numbers divide them in that
+    proportion: (1, 2, 5) gives rank 2 five times as many as rank 0. ``exact``: gradients are
     summed in fixed point, the same bits on any world (worker/exact.py says what that costs, and does not cover).
 
     ``layout``: how ranks share one model (tensor parallel, pipeline stages, HSDP), where each does not compute samples
@@ -138,6 +140,7 @@ class Session:
             )
         self._registered: Registered | None = None
         self._waiting = GradientWait()
+        self._busy, self._speeds = BusySteps(self.device), SpeedReports()
         self._restored = self._in_step = False
         self._completed = 0
         self._until: int | None = None
@@ -332,7 +335,7 @@ class Session:
         self._waiting.take()
         wanted = self._link is not None and self._link.boundary_wanted
         due = self._saves_at(self._completed + 1)
-        own = self.planned.measure if self.planned is not None else lambda: 0
+        own = self.planned.measure if self.planned is not None else lambda: as_told(self._busy.take())
         self._control.start(self._completed, stop_wanted=wanted, due=due, own=own)
 
     def abandon(self) -> None:
@@ -346,16 +349,29 @@ class Session:
         self.cursor, self.dataset_size = step.next_cursor, step.dataset_size
         if self.planned is not None:
             self.planned.decide(self._completed, self._control.told)
+        waited_s = self._waiting.take() + blocked_s
+        self._busy.add(seconds - waited_s)
+        if self._control.told and self._place.local_rank == 0:
+            self._report_speeds(self._link, self._control.told)
         if self._link is not None:
             self._link.report(
                 StepReport(
                     step=self._completed,
                     seconds=seconds,
-                    wait_seconds=self._waiting.take() + blocked_s,
+                    wait_seconds=waited_s,
                     samples=step.samples,
                     metrics=step.metrics,
                 )
             )
+
+    def _report_speeds(self, link: DaemonLink | None, told: list[int]) -> None:
+        self._speeds.add(told)
+        message = self._speeds.take()
+        if link is None or message is None:
+            return
+        planned = self.planned
+        shares = {"shares": planned.shares, "balanced": planned.balanced} if planned is not None else {}
+        link.post(message | shares)
 
     def _tell_shares(self, event: Mapping[str, Any]) -> None:
         """All ranks have decided the same: one of them says so."""
