@@ -87,7 +87,7 @@ def taken(stream: Stream, step: int, owned: tuple[int, ...]) -> list[list[int]]:
 
 
 def make(dataset: Any, *, step: int = 0, saved: Any = None, **source: Any) -> Stream:
-    known = Source(dataset=dataset, length=0, size=SIZE, **source)
+    known = Source(dataset=dataset, length=None, size=SIZE, **source)
     return Stream(known, step=step, micro_batches=COUNT, saved=saved)
 
 

@@ -6,7 +6,7 @@ Not here: who proposes and when (machine.py); who is alive (membership.py).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elasticd.core.model import (
     Cause,
@@ -19,6 +19,7 @@ from elasticd.core.model import (
     Round,
     Seat,
 )
+from elasticd.core.stragglers import Exchange, Grounds, Suspect, SuspectKept, judge_suspect
 from elasticd.core.view import Keyed
 
 
@@ -28,7 +29,8 @@ class Situation:
 
     ``members`` leaves out those that are known to be dead and hold no seat; ``reachable``: members that may enter a
     world (linked); ``lost``: seats of the current round whose holder is gone; ``unsettled``: seats that cannot be
-    judged or named yet; ``finished``: seats known to have ended well, even if their holder has left since.
+    judged or named yet; ``finished``: seats known to have ended well, even if their holder has left since; ``aside``:
+    those who were evicted from this job, and come back only where the minimum is not met without them.
     """
 
     spec: JobSpec
@@ -40,6 +42,8 @@ class Situation:
     unsettled: frozenset[NodeId] = frozenset()
     drained: frozenset[NodeId] = frozenset()
     finished: frozenset[NodeId] = frozenset()
+    aside: frozenset[NodeId] = frozenset()
+    suspect: Suspect | None = None
     cancelled: bool = False
     #: The workers of the current round stand still at a step boundary: they need a new round in any case.
     parked: bool = False
@@ -53,6 +57,7 @@ class Proposal:
     evict: frozenset[NodeId] = frozenset()
     planned: bool = False
     settle_s: float = 0.0
+    exchange: Exchange | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ class Over:
     phase: Phase
 
 
-Reason = TooFewNodes | StillPreparing | Unsettled | NoFreshStore | NothingToChange | Over
+Reason = TooFewNodes | StillPreparing | Unsettled | NoFreshStore | NothingToChange | SuspectKept | Over
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +164,30 @@ def _planned(situation: Situation, current: Round, seats: frozenset[NodeId], sta
         return _world(situation, stay, cause, planned=True)
     if len(current.seats) < situation.spec.max_nodes and set(stay) - seats:
         return _world(situation, stay, Cause.JOIN, planned=True, settle_s=_settle_join_s(situation, stay))
+    verdict = _judge(situation, seats, stay)
+    if isinstance(verdict, Exchange):
+        return _exchanged(situation, stay, verdict)
     if situation.parked:
         return _world(situation, stay, Cause.JOIN, planned=True)
-    return Wait(NothingToChange())
+    return Wait(verdict or NothingToChange())
+
+
+def _judge(situation: Situation, seats: frozenset[NodeId], stay: Sequence[NodeId]) -> Exchange | SuspectKept | None:
+    suspect = situation.suspect
+    if suspect is None or suspect.node_id not in seats:
+        return None
+    return judge_suspect(suspect, seats, stay, situation.spec.min_nodes)
+
+
+def _exchanged(situation: Situation, stay: Sequence[NodeId], exchange: Exchange) -> Proposal | Wait:
+    suspect = exchange.suspect
+    cause = Cause.STRAGGLER if suspect.grounds is Grounds.SLOW else Cause.GPU_TROUBLE
+    found = _world(situation, [node for node in stay if node != suspect.node_id], cause, planned=True)
+    if isinstance(found, Wait):
+        return found
+    taken = f"{exchange.spare} takes its seat" if exchange.spare else "the world does without it"
+    reason = f"{suspect.node_id} is {suspect.grounds.value}: {suspect.reason}; {taken}"
+    return replace(found, round=replace(found.round, reason=reason), exchange=exchange)
 
 
 def _settle_join_s(situation: Situation, coming: Sequence[NodeId]) -> float:
@@ -177,12 +203,17 @@ def _after_failure(situation: Situation, current: Round, stay: Sequence[NodeId],
 
 
 def _together(situation: Situation, candidates: Sequence[NodeId], seats: frozenset[NodeId]) -> list[NodeId]:
-    """Those who hold seats; of the rest, the oldest first, whoever has not been lost by one who is in before him."""
+    """Those who hold seats; of the rest, the oldest first, whoever has not been lost by one who is in before him.
+
+    Those who were put aside are among them only as far as the minimum needs them.
+    """
     together: list[NodeId] = []
     for node in sorted(candidates, key=lambda node: node not in seats):
         if node in seats or not any(_apart(situation, node, other) for other in together):
             together.append(node)
-    return together
+    wanted = [node for node in together if node not in situation.aside]
+    short = max(0, situation.spec.min_nodes - len(wanted))
+    return wanted + [node for node in together if node in situation.aside][:short]
 
 
 def _apart(situation: Situation, one: NodeId, other: NodeId) -> bool:

@@ -26,7 +26,7 @@ def is_registered(machine: Machine) -> bool:
 
 
 def is_leaving(machine: Machine) -> bool:
-    return machine.leaving_since is not None or machine.node.node_id in machine.view.drains
+    return machine.leaving_since is not None or machine.node.node_id in machine.view.cordoned
 
 
 def node_families(machine: Machine) -> Iterator[Metric]:

@@ -26,12 +26,12 @@ Collate = Callable[[list[Any]], Any]
 class Source:
     """Where a step's micro-batches come from. ``dataset`` has ``__len__`` and ``__getitem__`` (or ``__getitems__``).
 
-    ``length``: of the data set, when this was made; 0 for what has none, a stream (stream.py). ``workers`` 0: loaded
+    ``length``: of the data set, when this was made; None: it is a stream (stream.py). ``workers`` 0: loaded
     when needed, in this process. ``prefetch``: micro-batches ahead for each worker.
     """
 
     dataset: Any
-    length: int
+    length: int | None
     size: int
     workers: int = 0
     prefetch: int = 2

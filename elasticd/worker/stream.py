@@ -156,6 +156,16 @@ def is_stream(dataset: Any) -> bool:
     return hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")
 
 
+def length_of(dataset: Any) -> int | None:
+    """None for a stream. ValueError when it is neither that nor a data set of known length."""
+    if is_stream(dataset):
+        return None
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        return len(dataset)
+    kind = type(dataset).__name__
+    raise ValueError(f"a {kind} is no data set: it needs __len__ and __getitem__, or __iter__ for one that is a stream")
+
+
 class _Items(IterableDataset[Any]):
     """Any iterable, in the form that torch's loaders ask for."""
 
