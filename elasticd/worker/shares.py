@@ -1,4 +1,4 @@
-"""How many micro-batches of a step each rank computes, now: measured, exchanged and decided, the same on all ranks.
+"""How many micro-batches of a step each replica computes, now: measured, exchanged and decided, the same on all ranks.
 
 The measure goes along with the exchange that the ranks have anyway (control.py); with its end every rank has the same
 numbers and takes the same decision (core/balance.py), for the steps from the next one on. Shares are not kept in
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from elasticd.core.balance import Kept, Rebalanced, Speeds, SpeedUnknown, choose_first, choose_shares, is_measure
 from elasticd.core.plan import make_plan
 from elasticd.errors import ConfigError
+from elasticd.worker.layout import Arrangement
 
 log = logging.getLogger(__name__)
 
@@ -68,28 +69,37 @@ def make_work(micro_batches: int | None, *, at_most: int | None, balance: Balanc
 
 
 class CurrentShares:
-    """Collective to make: the ranks tell each other their caps. ``group`` None: a world of one.
+    """Collective to make: the ranks tell each other their caps, and a replica (layout.py) takes the least of its own.
+    ``group`` None: a world of one.
 
     ``tell`` gets an event for every change, and for a speed that is none. ConfigError, on all ranks, when they do not
     mean the same work or cannot hold it.
     """
 
-    def __init__(self, work: Work, group: dist.ProcessGroup | None, tell: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        work: Work,
+        group: dist.ProcessGroup | None,
+        arranged: Arrangement,
+        tell: Callable[[Mapping[str, Any]], None],
+    ) -> None:
         self._tell = tell
-        self._caps = _agree(work, group)
+        self._arranged = arranged
+        self._caps = [min(caps) for caps in arranged.by_replica(_agree(work, group))]
         try:
             self.plan = make_plan(choose_first(work.micro_batches, self._caps, work.weights))
         except ValueError as error:
             raise ConfigError(f"{error}: raise max_micro_batches, or lower micro_batches") from error
-        world_size = len(self._caps)
-        if work.micro_batches < world_size and dist.get_rank() == 0:
+        replicas = len(self._caps)
+        if work.micro_batches < replicas and dist.get_rank() == 0:
             log.warning(
-                "elasticd: %d micro-batches for %d ranks: %d of them add nothing to a step",
+                "elasticd: %d micro-batches for %d %ss: %d of them add nothing to a step",
                 work.micro_batches,
-                world_size,
-                world_size - work.micro_batches,
+                replicas,
+                self._unit,
+                replicas - work.micro_batches,
             )
-        self._speeds = Speeds(world_size)
+        self._speeds = Speeds(replicas)
         self._unknown = -1
         #: Set once the model is known.
         self.balanced = work.balance == "on"
@@ -98,7 +108,7 @@ class CurrentShares:
         """``told``: nanoseconds per micro-batch of each rank, 0 where there was no measure; empty: nothing is new."""
         if not told or not self.balanced:
             return
-        self._speeds.add([each * 1e-9 for each in told])
+        self._speeds.add([each * 1e-9 for each in self._arranged.slowest(told)])
         decision = choose_shares(self.plan.shares, self._speeds.known(), self._caps)
         match decision:
             case Rebalanced():
@@ -109,7 +119,7 @@ class CurrentShares:
                         "type": "rebalanced",
                         "step": step,
                         "shares": list(decision.shares),
-                        "reason": f"rank {decision.rank} ended last",
+                        "reason": f"{self._unit} {decision.rank} ended last",
                         "before_s": decision.before_s,
                         "after_s": decision.after_s,
                     }
@@ -118,10 +128,15 @@ class CurrentShares:
                 # Not of the first windows, nor again: it would be told with every exchange.
                 if self._speeds.exchanges > 2 and decision.rank != self._unknown:
                     self._unknown = decision.rank
-                    reason = f"rank {decision.rank} has no measure of its speed"
+                    reason = f"{self._unit} {decision.rank} has no measure of its speed"
                     self._tell({"type": "rebalanced", "step": step, "shares": list(self.plan.shares), "reason": reason})
             case Kept():
                 pass
+
+    @property
+    def _unit(self) -> str:
+        """What a share belongs to, as people call it."""
+        return "rank" if self._arranged.layout.replica_size == 1 else "replica"
 
 
 def as_told(seconds: float) -> int:
