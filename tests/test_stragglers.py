@@ -116,8 +116,16 @@ def test_what_is_no_measure_is_left_out(wrong: float) -> None:
 def test_figures_of_another_world_are_refused() -> None:
     with pytest.raises(ValueError, match="speeds of 2 ranks in a world of 3"):
         SpeedWatch().add(Measured(seconds=(1.0, 1.0)), seats(1, 1, 1), FACTOR, 0.0)
-    with pytest.raises(ValueError, match="in a world of 3"):
+    with pytest.raises(ValueError, match="shares of 2 replicas in a world of 3"):
         SpeedWatch().add(Measured(seconds=(1.0, 1.0, 1.0), shares=(1, 2)), seats(1, 1, 1), FACTOR, 0.0)
+
+
+def test_replicas_within_a_node_are_judged_and_those_that_span_nodes_are_not() -> None:
+    within = watched(0.1, 0.1, 0.1, 0.1, 0.4, 0.4, world=seats(2, 2, 2), shares=(4, 4, 4))
+    assert within.slowest(AFTER_S, 39.0)[0] == C
+    assert within.gain_without(C) == pytest.approx(1 - 0.6 / 1.6)
+    across = watched(0.1, 0.1, 0.4, 0.4, world=seats(1, 1, 1, 1), shares=(4, 4))
+    assert across.slowest(AFTER_S, 39.0) is None
 
 
 # --- what is done ---
