@@ -21,6 +21,7 @@ from elasticd.cluster.store import Store
 from elasticd.commands.connect import open_cluster
 from elasticd.core.model import JobId, Node
 from elasticd.core.records import to_plain
+from elasticd.core.seating import why_spare
 from elasticd.core.view import Job, View
 from elasticd.errors import StoreUnavailable
 
@@ -82,6 +83,7 @@ def describe(view: View, checkpoints: Mapping[JobId, Mapping[str, Any]]) -> dict
 
 def _node(view: View, node: Node) -> dict[str, Any]:
     job_id, state, ranks = _part(view, node)
+    job = view.job(JobId(job_id)) if state == "spare" else None
     return {
         "node": node.node_id,
         "host": node.host,
@@ -89,6 +91,7 @@ def _node(view: View, node: Node) -> dict[str, Any]:
         "state": state,
         "drained": node.node_id in view.drains,
         "job": job_id,
+        "reason": why_spare(job.spec.value, job.round.value if job.round else None) if job and job.spec else "",
         "ranks": ranks,
         "cpus": node.capacity.cpu_count,
         "memory_bytes": node.capacity.memory_bytes,
@@ -159,6 +162,8 @@ def _nodes_table(nodes: list[Mapping[str, Any]]) -> Table:
     table = _table("node", "address", "state", "job", "ranks", "cpus", "memory", "gpus")
     for node in nodes:
         state = f"{node['state']}{' (drained)' if node['drained'] else ''}"
+        if node["reason"]:
+            state += f": {node['reason']}"
         gpus = f"{len(node['gpus'])} x {node['gpus'][0]}" if node["gpus"] else "-"
         table.add_row(
             node["node"],
