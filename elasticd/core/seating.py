@@ -61,7 +61,8 @@ def _whole(first: Sequence[Member], rest: Sequence[Member], held: Collection[Nod
     best: dict[tuple[int, int], _Change] = {(0, start.ranks % multiple): start}
     for member in _few_of_each(reversed(first), multiple - 1):
         for (fewer, _), change in list(best.items()):
-            _note(best, fewer + 1, change.without(member, held=member.node_id in held), multiple)
+            if fewer + 1 < multiple:  # of so many, some are a whole replica's worth
+                _note(best, fewer + 1, change.without(member, held=member.node_id in held), multiple)
     for member in _few_of_each(rest, multiple - 1):
         for (fewer, _), change in list(best.items()):
             if fewer > 0:
