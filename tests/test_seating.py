@@ -233,7 +233,7 @@ def test_nodes_with_different_numbers_of_ranks_make_one_world() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_faults_end_in_a_world_beside_which_no_replica_is_idle(seed: int) -> None:
     """That every world on the way is one of whole replicas is asserted inside the simulation."""
-    sim = Sim(seed, spec=spec(per_replica=3))
+    sim = Sim(seed, spec=spec(1, 99, 3))
     chance, names = sim.random, iter(f"n{i}" for i in range(100))
     for _ in range(5):
         sim.add(next(names), nproc=chance.randint(1, 3), zone=chance.choice("uv"), sessions=seed % 2 == 0)

@@ -120,8 +120,10 @@ def drain_node(store: Store, node_id: NodeId) -> None:
 
 
 def undrain_node(store: Store, node_id: NodeId) -> bool:
-    """Whether it was drained."""
-    return store.delete(keys.drain(node_id))
+    """Whether it was drained, or in quarantine: that ends too, and its offences are forgotten."""
+    freed = [store.delete(key(node_id)) for key in (keys.drain, keys.quarantine)]
+    store.delete(keys.offences(node_id))
+    return any(freed)
 
 
 def _create(store: Store, spec: JobSpec) -> bool:

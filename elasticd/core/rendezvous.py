@@ -7,7 +7,7 @@ Not here: who proposes and when (machine.py); who is alive (membership.py); whic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elasticd.core.model import (
     Cause,
@@ -22,6 +22,7 @@ from elasticd.core.model import (
 )
 from elasticd.core.ring import seat_members
 from elasticd.core.seating import choose_members
+from elasticd.core.stragglers import Exchange, Grounds, Suspect, SuspectKept, Why, judge_suspect
 from elasticd.core.view import Keyed
 
 
@@ -31,7 +32,8 @@ class Situation:
 
     ``members`` leaves out those that are known to be dead and hold no seat; ``reachable``: members that may enter a
     world (linked); ``lost``: seats of the current round whose holder is gone; ``unsettled``: seats that cannot be
-    judged or named yet; ``finished``: seats known to have ended well, even if their holder has left since.
+    judged or named yet; ``finished``: seats known to have ended well, even if their holder has left since; ``aside``:
+    those who were evicted from this job, and come back only where the minimum is not met without them.
     """
 
     spec: JobSpec
@@ -43,6 +45,8 @@ class Situation:
     unsettled: frozenset[NodeId] = frozenset()
     drained: frozenset[NodeId] = frozenset()
     finished: frozenset[NodeId] = frozenset()
+    aside: frozenset[NodeId] = frozenset()
+    suspect: Suspect | None = None
     cancelled: bool = False
     #: The workers of the current round stand still at a step boundary: they need a new round in any case.
     parked: bool = False
@@ -56,6 +60,7 @@ class Proposal:
     evict: frozenset[NodeId] = frozenset()
     planned: bool = False
     settle_s: float = 0.0
+    exchange: Exchange | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,9 @@ class Over:
     phase: Phase
 
 
-Reason = TooFewNodes | NoWholeReplicas | StillPreparing | Unsettled | NoFreshStore | NothingToChange | Over
+Reason = (
+    TooFewNodes | NoWholeReplicas | StillPreparing | Unsettled | NoFreshStore | NothingToChange | SuspectKept | Over
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +180,37 @@ def _planned(situation: Situation, current: Round, seats: frozenset[NodeId], sta
         return _world(situation, stay, cause, planned=True)
     if len(current.seats) < situation.spec.max_nodes and set(_chosen(situation, stay)) - seats:
         return _world(situation, stay, Cause.JOIN, planned=True, settle_s=_settle_join_s(situation, stay))
+    verdict = _judge(situation, seats, stay)
+    if isinstance(verdict, Exchange):
+        return _exchanged(situation, stay, verdict)
     if situation.parked:
         return _world(situation, stay, Cause.JOIN, planned=True)
-    return Wait(NothingToChange())
+    return Wait(verdict or NothingToChange())
+
+
+def _judge(situation: Situation, seats: frozenset[NodeId], stay: Sequence[NodeId]) -> Exchange | SuspectKept | None:
+    suspect = situation.suspect
+    if suspect is None or suspect.node_id not in seats:
+        return None
+    verdict = judge_suspect(suspect, seats, stay, situation.spec.min_nodes)
+    if isinstance(verdict, SuspectKept):
+        return verdict
+    without = _chosen(situation, [node for node in stay if node != suspect.node_id])
+    if not without:
+        return SuspectKept(suspect.node_id, Why.TOO_FEW_NODES)
+    spare = verdict.spare if verdict.spare in without else next((node for node in without if node not in seats), None)
+    return replace(verdict, spare=spare)
+
+
+def _exchanged(situation: Situation, stay: Sequence[NodeId], exchange: Exchange) -> Proposal | Wait:
+    suspect = exchange.suspect
+    cause = Cause.STRAGGLER if suspect.grounds is Grounds.SLOW else Cause.GPU_TROUBLE
+    found = _world(situation, [node for node in stay if node != suspect.node_id], cause, planned=True)
+    if isinstance(found, Wait):
+        return found
+    taken = f"{exchange.spare} takes its seat" if exchange.spare else "the world does without it"
+    reason = f"{suspect.node_id} is {suspect.grounds.value}: {suspect.reason}; {taken}"
+    return replace(found, round=replace(found.round, reason=reason), exchange=exchange)
 
 
 def _settle_join_s(situation: Situation, coming: Sequence[NodeId]) -> float:
@@ -191,12 +226,17 @@ def _after_failure(situation: Situation, current: Round, stay: Sequence[NodeId],
 
 
 def _together(situation: Situation, candidates: Sequence[NodeId], seats: frozenset[NodeId]) -> list[NodeId]:
-    """Those who hold seats; of the rest, the oldest first, whoever has not been lost by one who is in before him."""
+    """Those who hold seats; of the rest, the oldest first, whoever has not been lost by one who is in before him.
+
+    Those who were put aside are among them only as far as the minimum needs them.
+    """
     together: list[NodeId] = []
     for node in sorted(candidates, key=lambda node: node not in seats):
         if node in seats or not any(_apart(situation, node, other) for other in together):
             together.append(node)
-    return together
+    wanted = [node for node in together if node not in situation.aside]
+    short = max(0, situation.spec.min_nodes - len(wanted))
+    return wanted + [node for node in together if node in situation.aside][:short]
 
 
 def _apart(situation: Situation, one: NodeId, other: NodeId) -> bool:

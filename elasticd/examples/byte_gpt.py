@@ -24,7 +24,7 @@ import os
 import sysconfig
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import nn
@@ -234,10 +234,16 @@ def record(ledger: TextIO, session: Session, ids: list[int], loss: float) -> Non
         "world": session.world_size,
         "rank": session.rank,
         "round": session.round_number,
+        "pid": os.getpid(),
         "loss": loss,
         "ids": ids,
     }
     ledger.write(json.dumps(line) + "\n")
+
+
+def balance_of(text: str) -> Any:
+    """auto, on, off, or weights: 1:2:5."""
+    return tuple(float(weight) for weight in text.split(":")) if ":" in text else text
 
 
 def main() -> None:
@@ -246,7 +252,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12, help="sequences in the global batch")
     parser.add_argument("--micro-batches", type=int, default=6, help="of them a step; --batch is a multiple of this")
     parser.add_argument("--parallel", default="ddp", choices=["ddp", "fsdp2", *LAYOUTS], help="see above")
-    parser.add_argument("--balance", default="auto", choices=["auto", "on", "off"], help="shares follow speed")
+    parser.add_argument("--balance", type=balance_of, default="auto", help="auto, on, off, or fixed weights as 1:2:5")
     parser.add_argument("--exact", action="store_true", help="the same bits on any world; prints a hash at the end")
     parser.add_argument("--length", type=int, default=64, help="bytes in a sequence")
     parser.add_argument("--width", type=int, default=128, help="width of the model")

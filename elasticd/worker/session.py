@@ -47,7 +47,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
 from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
-from elasticd.checkpoint.restore import Found, PassedOver, agree_on_newest, load_into
+from elasticd.checkpoint.manifest import Manifest
+from elasticd.checkpoint.restore import PassedOver, Restored, restore_newest
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
 from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed
@@ -58,7 +59,8 @@ from elasticd.worker.data import Cursor
 from elasticd.worker.layout import Layout, arrange
 from elasticd.worker.link import DaemonLink, StepReport
 from elasticd.worker.planned import PlannedSteps
-from elasticd.worker.shares import Balance, make_work
+from elasticd.worker.shares import Balance, as_told, make_work
+from elasticd.worker.speeds import BusySteps, SpeedReports
 from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, derive_seed, seed_random
 from elasticd.worker.step import Step
 from elasticd.worker.waiting import GradientWait
@@ -84,7 +86,8 @@ class Session:
 
     ``micro_batches``: how many a step has, on all ranks together and for the whole job, for ``step.micro_batches``.
     ``max_micro_batches``: no more than so many in a step for this rank. ``balance``: "on" gives faster ranks more of
-    them, "off" divides them equally, "auto" is on where each rank holds the whole model. ``exact``: gradients are
+    them, "off" divides them equally, "auto" is on where each rank holds the whole model, numbers divide them in that
+    proportion: (1, 2, 5) gives rank 2 five times as many as rank 0. ``exact``: gradients are
     summed in fixed point, the same bits on any world (worker/exact.py says what that costs, and does not cover).
 
     ``layout``: how ranks share one model (tensor parallel, pipeline stages, HSDP), where each does not compute samples
@@ -137,6 +140,7 @@ class Session:
             )
         self._registered: Registered | None = None
         self._waiting = GradientWait()
+        self._busy, self._speeds = BusySteps(self.device), SpeedReports()
         self._restored = self._in_step = False
         self._completed = 0
         self._until: int | None = None
@@ -230,20 +234,18 @@ class Session:
         checksums, so it is taken unverified, with a warning, and unpickled; steps are counted from 0.
 
         ConfigError when the checkpoint is not of the model and optimizer that are registered, was made with another
-        seed, or is not there for every rank.
+        seed, or is not there for every rank. StateLost when what was registered has been overwritten by a checkpoint
+        that proved damaged, and no other one is whole.
         """
         registered = self._known()
         self._restored = True
-        found = self._find_newest()
+        found = self._restore_newest(registered)
         if found is None:
             if start_from is not None:
                 self._start_from(registered, Path(start_from))
             return self._completed
-        own = self._own_state(random_of=self._random_of if self._random_of < found.manifest.world_size else None)
-        state = registered.capture() | own
-        load_into(state, found.path)
-        registered.apply(state)
-        self._take_own_state(state, found.manifest.step)
+        registered.apply(found.state)
+        self._take_own_state(found.state, found.manifest.step)
         return self._completed
 
     def steps(self, until: int | None = None) -> Iterator[Step]:
@@ -333,7 +335,7 @@ class Session:
         self._waiting.take()
         wanted = self._link is not None and self._link.boundary_wanted
         due = self._saves_at(self._completed + 1)
-        own = self.planned.measure if self.planned is not None else lambda: 0
+        own = self.planned.measure if self.planned is not None else lambda: as_told(self._busy.take())
         self._control.start(self._completed, stop_wanted=wanted, due=due, own=own)
 
     def abandon(self) -> None:
@@ -347,16 +349,29 @@ class Session:
         self.cursor, self.dataset_size = step.next_cursor, step.dataset_size
         if self.planned is not None:
             self.planned.decide(self._completed, self._control.told)
+        waited_s = self._waiting.take() + blocked_s
+        self._busy.add(seconds - waited_s)
+        if self._control.told and self._place.local_rank == 0:
+            self._report_speeds(self._link, self._control.told)
         if self._link is not None:
             self._link.report(
                 StepReport(
                     step=self._completed,
                     seconds=seconds,
-                    wait_seconds=self._waiting.take() + blocked_s,
+                    wait_seconds=waited_s,
                     samples=step.samples,
                     metrics=step.metrics,
                 )
             )
+
+    def _report_speeds(self, link: DaemonLink | None, told: list[int]) -> None:
+        self._speeds.add(told)
+        message = self._speeds.take()
+        if link is None or message is None:
+            return
+        planned = self.planned
+        shares = {"shares": planned.shares, "balanced": planned.balanced} if planned is not None else {}
+        link.post(message | shares)
 
     def _tell_shares(self, event: Mapping[str, Any]) -> None:
         """All ranks have decided the same: one of them says so."""
@@ -387,19 +402,26 @@ class Session:
     def _own_state(self, *, random_of: int | None) -> dict[str, Any]:
         cursor = {"epoch": self.cursor.epoch, "index": self.cursor.index}
         data = {"cursor": cursor, "seed": self._seed, "dataset_size": self.dataset_size}
-        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, **data})}
+        stream = self.planned.stream_state(self._completed) if self.planned is not None else None
+        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, "stream": stream, **data})}
         if random_of is not None:
             state["random"] = {str(random_of): capture_random(self.device)}
         return state
 
-    def _find_newest(self) -> Found | None:
+    def _restore_newest(self, registered: Registered) -> Restored | None:
         if self._directory is None:
             return None
+
+        def make_state(manifest: Manifest) -> dict[str, Any]:
+            known = self._random_of < manifest.world_size
+            return registered.capture() | self._own_state(random_of=self._random_of if known else None)
+
         passed_over: list[PassedOver] = []
-        found = agree_on_newest(self._directory, self._control.group, passed_over)
-        if passed_over and self._link is not None:
-            self._link.post({"type": "passed_over", "count": len(passed_over)})
-        return found
+        try:
+            return restore_newest(self._directory, self._control.group, make_state, passed_over)
+        finally:
+            if passed_over and self._link is not None:
+                self._link.post({"type": "passed_over", "count": len(passed_over)})
 
     def _start_from(self, registered: Registered, path: Path) -> None:
         parts = agree_on_foreign(path, self._control.group)
@@ -417,6 +439,8 @@ class Session:
             )
         self._completed = self._saved_step = step
         self.cursor, self.dataset_size = Cursor(**own["cursor"]), own["dataset_size"]
+        if self.planned is not None:
+            self.planned.resume_stream(own.get("stream"))
         if "random" in state:
             apply_random(state["random"][str(self._random_of)], self.device)
         else:

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,11 @@ from elasticd.worker.layout import Arrangement
 
 log = logging.getLogger(__name__)
 
+_BALANCE = ("auto", "on", "off")
+
 #: "auto": on where each rank holds the whole model, off where it is sharded (gradients.py says what that would cost).
-Balance = Literal["auto", "on", "off"]
+#: Numbers: shares in this proportion, which stay; rank r has number r, and after the last one they start again.
+Balance = Literal["auto", "on", "off"] | tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +45,18 @@ class Work:
     def __post_init__(self) -> None:
         if self.micro_batches < 1 or (self.at_most is not None and self.at_most < 0):
             raise ConfigError("micro_batches must be at least 1, and max_micro_batches must not be negative")
-        if self.balance not in ("auto", "on", "off"):
-            raise ConfigError(f"balance is {self.balance!r}: say 'auto', 'on' or 'off'")
+        if not isinstance(self.balance, tuple):
+            if self.balance not in _BALANCE:
+                raise ConfigError(
+                    f"balance is {self.balance!r}: say 'auto', 'on', 'off', or a weight for each rank, as (1, 2)"
+                )
+        elif not self.balance or not all(is_measure(weight) for weight in self.balance):
+            raise ConfigError(f"balance is {self.balance!r}: weights are positive numbers, one for each rank")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the shares, when they are given and not measured; empty otherwise."""
+        return self.balance if isinstance(self.balance, tuple) else ()
 
 
 def make_work(micro_batches: int | None, *, at_most: int | None, balance: Balance, exact: bool) -> Work | None:
@@ -73,7 +87,7 @@ class CurrentShares:
         self._arranged = arranged
         self._caps = [min(caps) for caps in arranged.by_replica(_agree(work, group))]
         try:
-            self.plan = make_plan(choose_first(work.micro_batches, self._caps))
+            self.plan = make_plan(choose_first(work.micro_batches, self._caps, work.weights))
         except ValueError as error:
             raise ConfigError(f"{error}: raise max_micro_batches, or lower micro_batches") from error
         replicas = len(self._caps)
@@ -136,12 +150,9 @@ def _agree(work: Work, group: dist.ProcessGroup | None) -> list[int]:
     if group is None:
         return [own]
     said = torch.zeros(dist.get_world_size(), 4, dtype=torch.int64)
-    said[dist.get_rank()] = torch.tensor([work.micro_batches, own, _BALANCE.index(work.balance), work.exact])
+    said[dist.get_rank()] = torch.tensor([work.micro_batches, own, crc32(repr(work.balance).encode()), work.exact])
     dist.all_reduce(said, group=group)
     counts, caps, balances, exacts = said.T.tolist()
     if len(set(zip(counts, balances, exacts, strict=True))) > 1:
         raise ConfigError("micro_batches, balance and exact must be the same on all ranks")
     return [int(cap) for cap in caps]
-
-
-_BALANCE = ("auto", "on", "off")
