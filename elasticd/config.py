@@ -262,10 +262,10 @@ class _JobForm(_Form):
     stop_timeout_s: float = Field(default=5.0, ge=0, le=3600)
     boundary_timeout_s: float = Field(default=30.0, ge=0, le=3600)
     spares: int = Field(default=1, ge=0)
+    ranks_per_replica: int = Field(default=1, ge=1)
     stragglers: bool = True
     straggler_factor: float = Field(default=1.5, gt=1, allow_inf_nan=False)
     straggler_after_s: float = Field(default=60.0, ge=0, allow_inf_nan=False)
-    ranks_per_replica: int = Field(default=1, ge=1)
 
 
 def load_daemon(path: str, environment: Mapping[str, str] = os.environ) -> DaemonConfig:
@@ -392,9 +392,9 @@ def load_job(path: str) -> JobSpec:
         stop_timeout_s=form.stop_timeout_s,
         boundary_timeout_s=form.boundary_timeout_s,
         spares=form.spares,
+        ranks_per_replica=form.ranks_per_replica,
         straggler_factor=form.straggler_factor if form.stragglers else 0.0,
         straggler_after_s=form.straggler_after_s,
-        ranks_per_replica=form.ranks_per_replica,
     )
 
 

@@ -89,13 +89,11 @@ def test_the_choice_is_whole_keeps_seats_and_is_as_large_as_can_be(
     found = [m for m in here if m.node_id in chosen]
     assert len(found) == len(chosen)
     assert tuple(found) in possible
-    best = max(map(worth, possible))
-    assert worth(found)[0] == best[0]
     oldest = sorted(here, key=lambda m: m.node_id not in held)[: job.max_nodes]
-    if sum(m.nproc for m in oldest) % per_replica:  # otherwise nobody is passed over for one with more ranks
-        assert worth(found) == best
-    else:
+    if sum(m.nproc for m in oldest) % per_replica == 0:  # nobody is passed over for one with more ranks
         assert {m.node_id for m in oldest} == set(chosen)
+    else:
+        assert worth(found) >= max((worth(some) for some in possible if set(some) <= set(oldest)), default=(0, 0))
 
 
 @given(crowds(), st.integers(1, 5))
@@ -235,7 +233,7 @@ def test_nodes_with_different_numbers_of_ranks_make_one_world() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_faults_end_in_a_world_beside_which_no_replica_is_idle(seed: int) -> None:
     """That every world on the way is one of whole replicas is asserted inside the simulation."""
-    sim = Sim(seed, spec=spec(per_replica=3))
+    sim = Sim(seed, spec=spec(1, 99, 3))
     chance, names = sim.random, iter(f"n{i}" for i in range(100))
     for _ in range(5):
         sim.add(next(names), nproc=chance.randint(1, 3), zone=chance.choice("uv"), sessions=seed % 2 == 0)

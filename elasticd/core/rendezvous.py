@@ -22,7 +22,7 @@ from elasticd.core.model import (
 )
 from elasticd.core.ring import seat_members
 from elasticd.core.seating import choose_members
-from elasticd.core.stragglers import Exchange, Grounds, Suspect, SuspectKept, judge_suspect
+from elasticd.core.stragglers import Exchange, Grounds, Suspect, SuspectKept, Why, judge_suspect
 from elasticd.core.view import Keyed
 
 
@@ -192,7 +192,14 @@ def _judge(situation: Situation, seats: frozenset[NodeId], stay: Sequence[NodeId
     suspect = situation.suspect
     if suspect is None or suspect.node_id not in seats:
         return None
-    return judge_suspect(suspect, seats, stay, situation.spec.min_nodes)
+    verdict = judge_suspect(suspect, seats, stay, situation.spec.min_nodes)
+    if isinstance(verdict, SuspectKept):
+        return verdict
+    without = _chosen(situation, [node for node in stay if node != suspect.node_id])
+    if not without:
+        return SuspectKept(suspect.node_id, Why.TOO_FEW_NODES)
+    spare = verdict.spare if verdict.spare in without else next((node for node in without if node not in seats), None)
+    return replace(verdict, spare=spare)
 
 
 def _exchanged(situation: Situation, stay: Sequence[NodeId], exchange: Exchange) -> Proposal | Wait:

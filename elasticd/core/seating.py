@@ -1,9 +1,9 @@
 """Who gets a seat in a round, so that it holds whole replicas. Pure.
 
 Seats are kept before newcomers are let in, up to the limit of nodes. When the ranks of those are no multiple of
-``ranks_per_replica``, a few are left out, or exchanged for others: seats are kept as far as can be, and then the world
-is as large as can be. Nodes may have different numbers of ranks, a node several replicas, and a replica several nodes.
-Of like nodes those are left out that leave whole replicas in each zone, rack and switch.
+``ranks_per_replica``, a few are left out, or exchanged for a few that wait: seats are kept as far as can be, and then
+the world is as large as can be. Nodes may have different numbers of ranks, a node several replicas, and a replica
+several nodes. Of like nodes those are left out that leave whole replicas in each zone, rack and switch.
 
 Not here: who may be seated (rendezvous.py), and where (ring.py).
 """
