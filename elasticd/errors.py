@@ -33,6 +33,10 @@ class JobRefused(OperatorError):
     """The job cannot be taken as asked for (its id is taken, its limits differ, its versions differ)."""
 
 
+class StateLost(OperatorError):
+    """No checkpoint could be restored, and the state was overwritten in the attempt; the text says what to do."""
+
+
 # --- Time mends it: retry with back-off ---
 
 

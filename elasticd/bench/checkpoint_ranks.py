@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from elasticd.checkpoint.background import BackgroundSaver
 from elasticd.checkpoint.disk import DISK, SealedFile
-from elasticd.checkpoint.restore import agree_on_newest, load_into
+from elasticd.checkpoint.restore import restore_newest
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saver
 
@@ -142,9 +142,7 @@ class _Ranks:
         return self._directory / name
 
     def _restore(self) -> None:
-        found = agree_on_newest(self._ours, self._group)
-        assert found is not None
-        load_into(dict(self._state), found.path)
+        assert restore_newest(self._ours, self._group, lambda _: dict(self._state)) is not None
 
     def _drop_caches(self, path: Path) -> None:
         if dist.get_rank() == 0:

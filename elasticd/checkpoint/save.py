@@ -19,21 +19,26 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    DEFAULT_SUFFIX,
+    FileSystem,
+    FileSystemWriter,
+    _StorageWriterTransforms,
+)
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils.serialization import config as serialization
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.disk import DISK, Disk, new_file
+from elasticd.checkpoint.disk import DISK, Disk, SealedFile, new_file
 from elasticd.checkpoint.manifest import FileEntry, Manifest, complete_name, temporary_name
 from elasticd.checkpoint.retention import Keep
 from elasticd.errors import CheckpointInvalid, SaveFailed
@@ -42,6 +47,9 @@ log = logging.getLogger(__name__)
 
 #: How a rank's file entries travel to rank 0 among DCP's own results; no tensor can have this name.
 _ENTRY_KEY = "\0elasticd.file"
+
+#: Smaller tensors are loaded by torch.load: their bytes cannot be told by their number from torch.save's own.
+TENSOR_FROM_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +146,7 @@ class _Files(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         assert mode == "wb", mode
-        with new_file(self._disk, Path(path)) as file:
+        with new_file(self._disk, Path(path), indexed=Path(path).suffix == DEFAULT_SUFFIX) as file:
             yield file
         self.entries.append(file.entry)
 
@@ -146,6 +154,38 @@ class _Files(FileSystem):
         self._disk.rename(Path(path), Path(new_path))
         old, new = Path(path).name, Path(new_path).name
         self.entries = [replace(entry, name=new) if entry.name == old else entry for entry in self.entries]
+
+
+class _Items(_StorageWriterTransforms):
+    """Tells the file where each item begins, and which of its bytes are a tensor's elements.
+
+    DCP asks its transforms for the stream of each item; the stream stays as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensor_bytes: dict[MetadataIndex, int] = {}
+
+    def transform_save_stream(self, write_item: WriteItem, raw_stream: io.IOBase) -> Any:
+        assert isinstance(raw_stream, SealedFile)
+        raw_stream.begin_item(self.tensor_bytes.get(write_item.index, 0))
+        return super().transform_save_stream(write_item, raw_stream)
+
+
+class _RowMajor:
+    """DCP's planner as its writer sees it, with tensors in row-major order: then their bytes need no unpickling."""
+
+    def __init__(self, planner: SavePlanner, items: _Items) -> None:
+        self._planner, self._items = planner, items
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        data: Any = self._planner.resolve_data(write_item)
+        if type(data) not in (torch.Tensor, torch.nn.Parameter) or data.layout != torch.strided:
+            return cast("torch.Tensor | io.BytesIO", data)  # what a subclass holds is its own affair
+        plain: torch.Tensor = data.detach().resolve_conj().resolve_neg().contiguous()
+        if plain.nbytes >= TENSOR_FROM_BYTES:
+            self._items.tensor_bytes[write_item.index] = plain.nbytes
+        return plain
 
 
 class _Writer(FileSystemWriter):
@@ -157,6 +197,7 @@ class _Writer(FileSystemWriter):
         super().__init__(path, thread_count=1, sync_files=False, overwrite=False)
         self._files = _Files(disk)
         self.fs = self._files
+        self.transforms = self._items = _Items()
         self._disk, self._problem = disk, problem
         self.is_coordinator = False
         self._temporary, self._step = path, step
@@ -185,7 +226,8 @@ class _Writer(FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = super().write_data(plan, planner).wait()
+        row_major: Any = _RowMajor(planner, self._items)
+        results = super().write_data(plan, row_major).wait()
         if len(results) != len(plan.items):
             raise OSError(f"only {len(results)} of {len(plan.items)} items were written")
         done: Future[list[WriteResult]] = Future()

@@ -49,6 +49,8 @@ class ClusterSpec:
     lease_ttl_s: int = 5
     memory_bytes: int = 4 * 1024**3
     topology: tuple[Topology, ...] = ()
+    #: More of each node's configuration, as TOML.
+    more: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = (sys.executable, "-m", "elasticd.cli")
 
@@ -177,7 +179,7 @@ class Cluster:
             f"[metrics]\nport = {METRICS_PORT}\n"
             f'[memory]\nfolder = "{self.memory}"\nlimit_bytes = {spec.memory_bytes}\n'
             f"[detection]\nheartbeat_s = {spec.heartbeat_s}\ndead_after_s = {spec.dead_after_s}\n"
-            f"lease_ttl_s = {spec.lease_ttl_s}\n"
+            f"lease_ttl_s = {spec.lease_ttl_s}\n{spec.more}"
         )
 
     def _environment(self, node: ClusterNode) -> dict[str, str]:
