@@ -27,7 +27,8 @@ from elasticd.cluster.peers import LinkSettings
 from elasticd.config import LinksConfig
 from elasticd.core.memory import Generation
 from elasticd.core.model import NodeId
-from elasticd.daemon.memory import MemorySettings, MemoryStore, sweep
+from elasticd.daemon.memory import MemorySettings, MemoryStore
+from elasticd.daemon.memory_folder import sweep
 from elasticd.errors import MemoryRefused
 
 SEED = int(os.environ.get("ELASTICD_TEST_SEED", "0")) or 20261125

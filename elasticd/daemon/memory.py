@@ -4,34 +4,24 @@ Workers write into files that are made here, and say when they are done; copies 
 the same place. A file is never mapped here: a worker that cuts off its own file can only hurt itself. Files and not
 memfds, so that any process of the job's user can map one by name after a restart, and an operator can look.
 
-What is left behind: a shell beside the daemon removes the folder as soon as the daemon is gone, however it ended; when
-that was killed too, the next daemon on this machine removes what no living daemon holds locked.
-
-Thread-safe and blocking. Not here: who asks, and what is copied where (memory_service.py).
+Thread-safe and blocking. Not here: that nothing is left behind (memory_folder.py), who asks, and what is copied where
+(memory_service.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
-import subprocess
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Generation, Holding, Index, decode_index, format_bytes, seal_of
 from elasticd.core.model import JobId, NodeId
-from elasticd.errors import CheckpointInvalid, MemoryRefused, OperatorError
-
-#: How long a folder may be without a lock before it counts as left behind: its maker is about to lock it.
-_UNLOCKED_S = 60.0
-_JANITOR = 'cat >/dev/null; for n in 1 2 3 4 5; do rm -rf -- "$0"; [ -e "$0" ] || exit 0; sleep 0.2; done'
+from elasticd.daemon.memory_folder import MemoryFolder
+from elasticd.errors import CheckpointInvalid, MemoryRefused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +113,7 @@ class MemoryStore:
         self._settings, self._me = settings, me
         self._lock = threading.RLock()
         self._jobs: dict[JobId, _Job] = {}
-        self._folder: _Folder | None = None
+        self._folder: MemoryFolder | None = None
         self._used_bytes = 0
         self._made = 0
         self._closed = False
@@ -139,7 +129,7 @@ class MemoryStore:
         with self._lock:
             if job_id in self._jobs or self._closed:
                 return
-            self._folder = self._folder or _Folder(Path(self._settings.folder), self._me)
+            self._folder = self._folder or MemoryFolder(Path(self._settings.folder), self._me)
             folder = self._folder.path / hashlib.sha256(job_id.encode()).hexdigest()[:16]
             folder.mkdir(mode=0o711)
             self._jobs[job_id] = _Job(folder=folder, owner=owner)
@@ -459,65 +449,6 @@ class MemoryStore:
             file.path.unlink(missing_ok=True)
             os.close(file.descriptor)
             self._used_bytes -= file.size_bytes
-
-
-class _Folder:
-    """A folder that is ours while we live, and removed when we do not."""
-
-    def __init__(self, parent: Path, node_id: NodeId) -> None:
-        sweep(parent)
-        try:
-            self.path = Path(tempfile.mkdtemp(prefix=f"elasticd-{node_id}-", dir=parent))
-            self.path.chmod(0o711)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise MemoryRefused(
-                f"no copies in RAM: {parent} cannot be used: {error.strerror}; set memory.folder"
-            ) from error
-        self._janitor = subprocess.Popen(
-            ["/bin/sh", "-c", _JANITOR, str(self.path)], stdin=subprocess.PIPE, start_new_session=True
-        )
-
-    def close(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-        assert self._janitor.stdin is not None
-        self._janitor.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._janitor.wait(5.0)
-
-
-def sweep(parent: Path) -> list[Path]:
-    """Removes the folders of daemons of this user that are gone; which they were."""
-    swept = []
-    for path in parent.glob("elasticd-*-*"):
-        with contextlib.suppress(OSError):
-            if path.is_symlink() or path.stat().st_uid != os.geteuid() or not _is_left_behind(path):
-                continue
-            shutil.rmtree(path, ignore_errors=True)
-            swept.append(path)
-    return swept
-
-
-def _is_left_behind(path: Path) -> bool:
-    try:
-        descriptor = os.open(path / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return time.time() - path.stat().st_mtime > _UNLOCKED_S
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def check_folder(settings: MemorySettings) -> None:
-    """OperatorError when copies in RAM are wanted where there is no such folder."""
-    if settings.limit_bytes and not Path(settings.folder).is_dir():
-        raise OperatorError(f"memory.folder {settings.folder} is not a folder: name one on tmpfs, as /dev/shm is")
 
 
 def _free_bytes(folder: str) -> int:

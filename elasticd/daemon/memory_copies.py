@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 import ssl
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from elasticd.cluster.memory_link import DataConnection, Header
 from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Generation, Index, decode_index, format_bytes, seal_of
 from elasticd.core.model import JobId, NodeId
-from elasticd.daemon.memory import MemoryStore, StoredFile
+from elasticd.daemon.memory import MemoryStore, Reading, StoredFile
 from elasticd.errors import CheckpointInvalid, MemoryRefused
 
 
@@ -35,6 +38,17 @@ class Sent:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a rank needs of a generation. ``parts``: by rank, who wrote it, and who has it, best first."""
+
+    job_id: JobId
+    generation: Generation
+    seal: int
+    parts: Mapping[int, tuple[NodeId, tuple[NodeId, ...]]]
+    index_from: tuple[NodeId, ...]
+
+
 class Copies:
     """This node's part in it. ``takes_part``: whether this node is in that job now, and so keeps copies for it."""
 
@@ -42,6 +56,7 @@ class Copies:
         self, me: NodeId, store: MemoryStore, tls: ssl.SSLContext | None, takes_part: Callable[[JobId], bool]
     ) -> None:
         self._me, self._store, self._tls, self._takes_part = me, store, tls, takes_part
+        self._fetching = threading.Lock()
 
     # --- the side that asks ---
 
@@ -72,18 +87,74 @@ class Copies:
             connection.answer()
         return Sent(size_bytes=sum(file.size_bytes for file in files), seconds=time.monotonic() - started)
 
-    def get(
-        self, job_id: JobId, generation: Generation, seal: int, writer: NodeId, ranks: list[int], of: Place
+    def fetch(self, wanted: Wanted, places: Mapping[NodeId, Place]) -> dict[str, Any]:
+        """Bring here what is not here yet: paths by rank, and the index. MemoryRefused when it cannot be had."""
+        with self._fetching:  # ranks of one node mostly want the same
+            missing: dict[tuple[NodeId, tuple[NodeId, ...]], list[int]] = {}
+            for rank, (writer, nodes) in wanted.parts.items():
+                if not self._is_here(partial(self._part, wanted, rank)):
+                    missing.setdefault((writer, nodes), []).append(rank)
+            if not missing and not self._is_here(partial(self._index, wanted)):
+                missing = {(wanted.index_from[0], wanted.index_from): []}
+            fetched = sum(
+                self._from_any(wanted, writer, ranks, nodes, places) for (writer, nodes), ranks in missing.items()
+            )
+        paths = []
+        for rank in wanted.parts:
+            with self._part(wanted, rank) as part:
+                paths.append([rank, str(part.path)])
+        with self._index(wanted) as index:
+            return {
+                "paths": paths,
+                "index_path": str(index.path),
+                "index_bytes": index.size_bytes,
+                "fetched_bytes": fetched,
+            }
+
+    def _from_any(
+        self,
+        wanted: Wanted,
+        writer: NodeId,
+        ranks: list[int],
+        nodes: tuple[NodeId, ...],
+        places: Mapping[NodeId, Place],
     ) -> int:
-        """Fetch these ranks' parts and the index; how many bytes came. MemoryRefused, with the reason."""
+        """From the first of these nodes that gives it; how many bytes. MemoryRefused, with all reasons, when none."""
+        reasons = []
+        for node_id in nodes:
+            place = places.get(node_id)
+            if place is None or node_id == self._me:
+                reasons.append(f"node {node_id} cannot be asked")
+                continue
+            try:
+                return self._get(wanted, writer, ranks, place)
+            except MemoryRefused as error:
+                reasons.append(str(error))
+        raise MemoryRefused("; ".join(reasons) or f"nobody has the parts of ranks {ranks}")
+
+    def _get(self, wanted: Wanted, writer: NodeId, ranks: list[int], of: Place) -> int:
+        generation = wanted.generation
+        request = {"op": "get", "job": wanted.job_id, "writer": writer, "ranks": ranks, "seal": wanted.seal}
+        request |= {"step": generation.step, "round": generation.round_number}
         with _refusals(of.node_id), DataConnection.dial(of.address, of.port, self._tls) as connection:
-            wanted = {"step": generation.step, "round": generation.round_number, "seal": seal}
-            answer = connection.ask({"op": "get", "job": job_id, "writer": writer, "ranks": ranks, **wanted})
-            index_bytes = int(answer["index_bytes"])
-            index = self._receive(connection, job_id, writer, index_bytes, ranks, fetched=True)
-            if (index.generation, seal_of(index)) != (generation, seal):
+            index_bytes = int(connection.ask(request)["index_bytes"])
+            index = self._receive(connection, wanted.job_id, writer, index_bytes, ranks, fetched=True)
+            if (index.generation, seal_of(index)) != (generation, wanted.seal):
                 raise MemoryRefused("it sent another generation")
             return index_bytes + sum(index.part(rank).size_bytes for rank in ranks)
+
+    def _part(self, wanted: Wanted, rank: int) -> Reading:
+        return self._store.part(wanted.job_id, wanted.generation, wanted.seal, rank)
+
+    def _index(self, wanted: Wanted) -> Reading:
+        return self._store.index(wanted.job_id, wanted.generation, wanted.seal)
+
+    def _is_here(self, open_it: Callable[[], Reading]) -> bool:
+        try:
+            with open_it():
+                return True
+        except MemoryRefused:
+            return False
 
     # --- the side that answers ---
 
@@ -146,9 +217,7 @@ class Copies:
             name = f"step-{index.generation.step}.r{index.generation.round_number}.from-{writer}"
             parts = {}
             for part in (index.part(rank) for rank in ranks):
-                file = self._store.receive_part(
-                    job_id, writer, part.rank, part.size_bytes, name, fetched=fetched
-                )
+                file = self._store.receive_part(job_id, writer, part.rank, part.size_bytes, name, fetched=fetched)
                 taken.append(file)
                 parts[part.rank] = file
                 if connection.receive_file(file.descriptor, part.size_bytes) != part.crc32:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import pwd
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from elasticd.core.model import JobId, NodeId, Seat
 from elasticd.core.records import to_plain
 from elasticd.daemon.local import Caller
 from elasticd.daemon.memory import Held, MemorySettings, MemoryStore
-from elasticd.daemon.memory_copies import Copies, Place, Sent
+from elasticd.daemon.memory_copies import Copies, Place, Sent, Wanted
 from elasticd.errors import MemoryRefused
 
 log = logging.getLogger(__name__)
@@ -75,7 +74,6 @@ class MemoryService:
         self._server = DataServer(self._copies.serve, links.server_tls)
         self._control = ThreadPoolExecutor(1, thread_name_prefix="elasticd-memory")
         self._copying = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="elasticd-memory-copy")
-        self._fetch_lock = threading.Lock()
         self._job_id: JobId | None = None
         self._owner = os.geteuid()
         self._committed: Generation | None = None
@@ -239,87 +237,23 @@ class MemoryService:
             self._answer(caller, message, answer)
 
     def _fetch(self, caller: Caller, message: Message, generation: Generation) -> None:
-        seal = int(message["seal"])
-        wanted = {
-            int(rank): (NodeId(str(writer)), tuple(NodeId(str(node)) for node in nodes))
-            for rank, writer, nodes in message["wanted"]
-        }
-        index_from = [NodeId(str(node)) for node in message["index_from"]]
+        wanted = Wanted(
+            job_id=caller.job_id,
+            generation=generation,
+            seal=int(message["seal"]),
+            parts={
+                int(rank): (NodeId(str(writer)), tuple(NodeId(str(node)) for node in nodes))
+                for rank, writer, nodes in message["wanted"]
+            },
+            index_from=tuple(NodeId(str(node)) for node in message["index_from"]),
+        )
         places = self._world().places
 
         def work() -> dict[str, Any]:
-            with self._fetch_lock:  # ranks of one node mostly want the same
-                self.store.enter(caller.job_id, self._owner)
-                return self._fetch_all(caller.job_id, generation, seal, wanted, index_from, places)
+            self.store.enter(caller.job_id, self._owner)
+            return self._copies.fetch(wanted, places)
 
         self._run(caller, message, work, self._copying)
-
-    def _fetch_all(
-        self,
-        job_id: JobId,
-        generation: Generation,
-        seal: int,
-        wanted: Mapping[int, tuple[NodeId, tuple[NodeId, ...]]],
-        index_from: list[NodeId],
-        places: Mapping[NodeId, Place],
-    ) -> dict[str, Any]:
-        size_bytes = 0
-        missing: dict[tuple[NodeId, tuple[NodeId, ...]], list[int]] = {}
-        for rank, (writer, nodes) in wanted.items():
-            if not self._has(job_id, generation, seal, rank):
-                missing.setdefault((writer, nodes), []).append(rank)
-        if not missing and not self._has_index(job_id, generation, seal):
-            missing = {(index_from[0], tuple(index_from)): []}
-        for (writer, nodes), ranks in missing.items():
-            size_bytes += self._fetch_from(job_id, generation, seal, writer, ranks, nodes, places)
-        paths = []
-        for rank in wanted:
-            with self.store.part(job_id, generation, seal, rank) as part:
-                paths.append([rank, str(part.path)])
-        with self.store.index(job_id, generation, seal) as index:
-            return {
-                "paths": paths,
-                "index_path": str(index.path),
-                "index_bytes": index.size_bytes,
-                "fetched_bytes": size_bytes,
-            }
-
-    def _fetch_from(
-        self,
-        job_id: JobId,
-        generation: Generation,
-        seal: int,
-        writer: NodeId,
-        ranks: list[int],
-        nodes: tuple[NodeId, ...],
-        places: Mapping[NodeId, Place],
-    ) -> int:
-        """From the first of these nodes that gives it. MemoryRefused with all reasons when none does."""
-        reasons = []
-        for node_id in nodes:
-            place = places.get(node_id)
-            if place is None or node_id == self._me:
-                reasons.append(f"node {node_id} cannot be asked")
-                continue
-            try:
-                return self._copies.get(job_id, generation, seal, writer, ranks, place)
-            except MemoryRefused as error:
-                reasons.append(str(error))
-        raise MemoryRefused("; ".join(reasons) or f"nobody has the parts of ranks {ranks}")
-
-    def _has(self, job_id: JobId, generation: Generation, seal: int, rank: int) -> bool:
-        try:
-            with self.store.part(job_id, generation, seal, rank):
-                return True
-        except MemoryRefused:
-            return False
-
-    def _has_index(self, job_id: JobId, generation: Generation, seal: int) -> bool:
-        try:
-            with self.store.index(job_id, generation, seal):
-                return True
-        except MemoryRefused:
-            return False
 
     # --- threads ---
 
@@ -398,5 +332,3 @@ def _uid_of(user: str) -> int:
         return pwd.getpwnam(user).pw_uid if user else os.geteuid()
     except KeyError:
         return os.geteuid()  # its workers cannot be started either, which says why
-
-

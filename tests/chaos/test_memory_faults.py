@@ -6,6 +6,7 @@ mix of two would end it, and a step that was lost shows in the numbers of the st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -18,8 +19,9 @@ import pytest
 from drill import RECOVERY_S, SEED
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.restore import find_newest
+from elasticd.checkpoint.manifest import complete_name
 from elasticd.core.model import Topology
+from elasticd.errors import CheckpointInvalid
 from elasticd.testing.cluster import Cluster, ClusterSpec
 from elasticd.testing.faults import CutNode, Fault, KillNode, KillWorker
 from elasticd.testing.history import Trained
@@ -116,17 +118,25 @@ def test_a_daemon_that_is_killed_takes_its_memory_along_and_the_disk_is_next(nam
             killed_at = time.monotonic()
             cluster.wait_until(lambda: not list(cluster.memory.iterdir()), 10, "nothing left in shared memory")
             cluster.wait_until(lambda: not workers(cluster), 10, "no worker outlives its daemon")
-            found, _ = find_newest(tmp_path / "checkpoints")
-            assert found is not None
-            committed = max(e.details["step"] for e in cluster.history() if e.name == "commit" and e.details["committed"])
-            assert found.manifest.step >= committed
+            stood = newest_that_verifies(tmp_path / "checkpoints")
+            committed = max(
+                e.details["step"] for e in cluster.history() if e.name == "commit" and e.details["committed"]
+            )
+            assert stood >= committed
             cluster.start_node(0)
             first = cluster.wait_step(killed_at, timeout_s=40)
-            print(f"point {point}: committed {committed}, stood {found.manifest.step}, next step {first.step}")
-            assert first.step == found.manifest.step + 1
+            print(f"point {point}: committed {committed}, stood {stood}, next step {first.step}")
+            assert first.step == stood + 1
         (tmp_path / "finish").touch()
         cluster.wait_until(lambda: any(event.name == "job_over" for event in cluster.history()), 20)
     assert storage.complete_steps(tmp_path / "checkpoints")
+
+
+def newest_that_verifies(directory: Path) -> int:
+    for step in storage.complete_steps(directory):
+        with contextlib.suppress(CheckpointInvalid):
+            return storage.verify(directory / complete_name(step)).step
+    raise AssertionError("no checkpoint verifies")
 
 
 def workers(cluster: Cluster) -> list[int]:
