@@ -131,7 +131,10 @@ class MemoryStore:
                 return
             self._folder = self._folder or MemoryFolder(Path(self._settings.folder), self._me)
             folder = self._folder.path / hashlib.sha256(job_id.encode()).hexdigest()[:16]
-            folder.mkdir(mode=0o711)
+            try:
+                folder.mkdir(mode=0o711)
+            except OSError as error:
+                raise MemoryRefused(f"no copies in RAM: {folder} cannot be made: {error.strerror}") from error
             self._jobs[job_id] = _Job(folder=folder, owner=owner)
 
     def begin(self, job_id: JobId, rank: int, generation: Generation, size_bytes: int, tag: str) -> StoredFile:

@@ -163,15 +163,10 @@ class MemoryService:
         self._sealers.setdefault(generation, []).append((caller, message))
 
         def work() -> None:
-            try:
-                complete = self.store.seal(caller.job_id, caller.rank, generation, crc32, index_bytes)
-            except MemoryRefused as error:
-                self._soon(self._sealed, generation, {"ok": False, "reason": str(error)})
-            else:
-                if complete:
-                    self._soon(self._keep, caller.job_id, generation)
+            if self.store.seal(caller.job_id, caller.rank, generation, crc32, index_bytes):
+                self._soon(self._keep, caller.job_id, generation)
 
-        self._submit(self._control, work)
+        self._submit(self._control, work, lambda reason: self._soon(self._unsealed, generation, reason))
 
     def _keep(self, job_id: JobId, generation: Generation) -> None:
         """All local parts are written: find who keeps a copy of them."""
@@ -182,7 +177,7 @@ class MemoryService:
             kept = self._copy_out(job_id, generation, ranked, world.places, committed)
             self._soon(self._is_kept, generation, kept)
 
-        self._submit(self._copying, work)
+        self._submit(self._copying, work, lambda reason: self._soon(self._unsealed, generation, reason))
 
     def _copy_out(
         self,
@@ -232,6 +227,9 @@ class MemoryService:
         )
         self._sealed(generation, {"ok": True, "at_buddy": buddy is not None, "reason": kept.reason})
 
+    def _unsealed(self, generation: Generation, reason: str) -> None:
+        self._sealed(generation, {"ok": False, "reason": reason})
+
     def _sealed(self, generation: Generation, answer: dict[str, Any]) -> None:
         for caller, message in self._sealers.pop(generation, []):
             self._answer(caller, message, answer)
@@ -267,23 +265,27 @@ class MemoryService:
         """Answer with what it returns, or with why it was refused."""
 
         def run() -> None:
-            try:
-                answer = {"ok": True, **work()}
-            except MemoryRefused as error:
-                answer = {"ok": False, "reason": str(error)}
-            self._soon(self._answer, caller, message, answer)
+            self._soon(self._answer, caller, message, {"ok": True, **work()})
 
-        self._submit(pool or self._control, run)
+        def failed(reason: str) -> None:
+            self._soon(self._answer, caller, message, {"ok": False, "reason": reason})
+
+        self._submit(pool or self._control, run, failed)
 
     def _quietly(self, work: Callable[..., None], *arguments: object) -> None:
-        self._submit(self._control, lambda: work(*arguments))
+        self._submit(self._control, lambda: work(*arguments), lambda _: None)
 
-    def _submit(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
+    def _submit(self, pool: ThreadPoolExecutor, work: Callable[[], None], failed: Callable[[str], None]) -> None:
+        """``failed`` is told why it was refused, or what went wrong: whoever asked must not wait for ever."""
+
         def run() -> None:
             try:
                 work()
-            except Exception:  # the top of a thread's task: training goes on without this copy
+            except MemoryRefused as error:
+                failed(str(error))
+            except Exception as error:  # the top of a thread's task: training goes on without this copy
                 log.exception("memory: a request failed")
+                failed(f"the daemon of node {self._me} failed: {error}")
 
         if not self._closing:
             with contextlib.suppress(RuntimeError):  # the pool is being shut down
