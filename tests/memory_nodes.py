@@ -14,8 +14,8 @@ from typing import Any
 from elasticd.cluster.peers import LinkSettings
 from elasticd.core.model import BootId, JobId, NodeId, Seat, Topology
 from elasticd.daemon.local import LocalServer
-from elasticd.daemon.memory import MemorySettings
 from elasticd.daemon.memory_copies import Place
+from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.memory_service import MemoryService, World
 
 JOB = JobId("j")

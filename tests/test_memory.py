@@ -27,7 +27,8 @@ from elasticd.cluster.peers import LinkSettings
 from elasticd.config import LinksConfig
 from elasticd.core.memory import Generation
 from elasticd.core.model import NodeId
-from elasticd.daemon.memory import MemorySettings, MemoryStore
+from elasticd.daemon.memory import MemoryStore
+from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.memory_folder import sweep
 from elasticd.errors import MemoryRefused
 
@@ -71,8 +72,7 @@ def test_a_first_copy_is_refused_where_two_of_them_do_not_fit(store: MemoryStore
 
 
 def test_tmpfs_that_is_full_refuses_before_a_worker_is_killed_for_it(memory: Path) -> None:
-    free = os.statvfs(memory)
-    size = free.f_bavail * free.f_frsize + 64 * MIB
+    size = 10 * shutil.disk_usage(memory).total
     store = MemoryStore(MemorySettings(folder=str(memory), limit_bytes=4 * size), NodeId("n0"))
     store.enter(JOB, os.geteuid())
     with pytest.raises(MemoryRefused, match=r"cannot be had in /dev/shm/edm-\S+ on node n0, which has .* free"):
@@ -113,7 +113,8 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from elasticd.core.memory import Generation
-from elasticd.daemon.memory import MemorySettings, MemoryStore
+from elasticd.daemon.memory import MemoryStore
+from elasticd.daemon.memory_files import MemorySettings
 store = MemoryStore(MemorySettings(folder=sys.argv[1], limit_bytes=2**24), "n0")
 store.enter("j", os.geteuid())
 store.begin("j", 0, Generation(step=1, round_number=1), 2**20, "w0")

@@ -28,7 +28,7 @@ from elasticd.core.machine import Settings
 from elasticd.core.model import BootId, Capacity, JobSpec, Node, NodeId, Phase
 from elasticd.core.stragglers import Policy
 from elasticd.daemon.launcher import LauncherSettings, WarmLauncher
-from elasticd.daemon.memory import MemorySettings
+from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.node import NodeLoop, Observer, Setup, world_log
 from elasticd.daemon.notify import notify, watchdog_interval_s
 from elasticd.daemon.storekeeper import wait_until_reachable

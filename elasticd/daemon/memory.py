@@ -4,8 +4,8 @@ Workers write into files that are made here, and say when they are done; copies 
 the same place. A file is never mapped here: a worker that cuts off its own file can only hurt itself. Files and not
 memfds, so that any process of the job's user can map one by name after a restart, and an operator can look.
 
-Thread-safe and blocking. Not here: that nothing is left behind (memory_folder.py), who asks, and what is copied where
-(memory_service.py).
+Thread-safe and blocking. Not here: the files themselves (memory_files.py), that nothing is left behind
+(memory_folder.py), who asks, and what is copied where (memory_service.py).
 """
 
 from __future__ import annotations
@@ -18,30 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Generation, Holding, Index, decode_index, format_bytes, seal_of
+from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Generation, Holding, Index, decode_index, seal_of
 from elasticd.core.model import JobId, NodeId
+from elasticd.daemon.memory_files import MemorySettings, Reading, SharedFiles, Shelf, StoredFile
 from elasticd.daemon.memory_folder import MemoryFolder
 from elasticd.errors import CheckpointInvalid, MemoryRefused
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemorySettings:
-    """``folder`` is on tmpfs; ``limit_bytes`` is for all copies together, of this node's workers and of others'."""
-
-    folder: str = "/dev/shm"  # noqa: S108 - it is there to be shared
-    limit_bytes: int = 0
-    port: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class StoredFile:
-    """One file. ``tag``: who may have it again when it is free; ``fetched``: only there for a restore."""
-
-    path: Path
-    descriptor: int
-    size_bytes: int
-    tag: str = ""
-    fetched: bool = False
 
 
 @dataclass(slots=True)
@@ -62,37 +43,16 @@ class _Copy:
         return self.index is not None and self.index.ranks_of(writer) <= self.sealed.keys()
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """A file that stays open for its reader, whatever becomes of the copy meanwhile. To be closed."""
-
-    path: Path
-    descriptor: int
-    size_bytes: int
-
-    @classmethod
-    def of(cls, file: StoredFile, size_bytes: int | None = None) -> Reading:
-        return cls(file.path, os.dup(file.descriptor), file.size_bytes if size_bytes is None else size_bytes)
-
-    def __enter__(self) -> Reading:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.descriptor)
-
-
 _Key = tuple[Generation, NodeId]  # the node that wrote it
 
 
 @dataclass(slots=True)
 class _Job:
-    folder: Path
-    owner: int
+    shelf: Shelf
     copies: dict[_Key, _Copy] = field(default_factory=dict)
-    spares: list[StoredFile] = field(default_factory=list)
 
     def files(self) -> Iterator[StoredFile]:
-        yield from self.spares
+        yield from self.shelf.spares
         for copy in self.copies.values():
             yield from copy.files()
 
@@ -114,8 +74,7 @@ class MemoryStore:
         self._lock = threading.RLock()
         self._jobs: dict[JobId, _Job] = {}
         self._folder: MemoryFolder | None = None
-        self._used_bytes = 0
-        self._made = 0
+        self._files = SharedFiles(settings, me)
         self._closed = False
 
     @property
@@ -135,7 +94,7 @@ class MemoryStore:
                 folder.mkdir(mode=0o711)
             except OSError as error:
                 raise MemoryRefused(f"no copies in RAM: {folder} cannot be made: {error.strerror}") from error
-            self._jobs[job_id] = _Job(folder=folder, owner=owner)
+            self._jobs[job_id] = _Job(Shelf(folder, owner))
 
     def begin(self, job_id: JobId, rank: int, generation: Generation, size_bytes: int, tag: str) -> StoredFile:
         """A file for this rank's part, which it is to fill. MemoryRefused when it does not fit."""
@@ -144,9 +103,11 @@ class MemoryStore:
             copy = job.copies.setdefault((generation, self._me), _Copy())
             self._forget_part(job, copy, rank)
             known = any(file.tag == tag for file in job.files())
-        if not known:
-            self._check_steady(job, generation, size_bytes)
-        file = self._make(job, f"step-{generation.step}.r{generation.round_number}.rank-{rank}", size_bytes, tag)
+        if not known:  # a worker's first copy is taken only if there is room for two, once what is older is gone
+            self._files.check_steady(size_bytes, self._older_bytes(job, generation))
+        file = self._files.make(
+            job.shelf, f"step-{generation.step}.r{generation.round_number}.rank-{rank}", size_bytes, tag
+        )
         with self._lock:
             copy.parts[rank] = file
         return file
@@ -158,7 +119,7 @@ class MemoryStore:
             copy = job.copies.setdefault((generation, self._me), _Copy())
             self._drop_index(job, copy)
         name = f"step-{generation.step}.r{generation.round_number}.index"
-        file = self._make(job, name, size_bytes, f"{tag}.index")
+        file = self._files.make(job.shelf, name, size_bytes, f"{tag}.index")
         with self._lock:
             copy.index_file = file
         return file
@@ -183,7 +144,7 @@ class MemoryStore:
             job = self._jobs.get(job_id)
             copy = job.copies.pop((generation, self._me), None) if job is not None else None
             if job is not None and copy is not None:
-                self._free(job, copy.files(), again=True)
+                self._files.free(job.shelf, copy.files(), again=True)
 
     def forget_writer(self, tag: str) -> None:
         """The worker is gone: what it had not sealed is void, and what it might have filled next."""
@@ -196,9 +157,9 @@ class MemoryStore:
                         self._forget_part(job, copy, rank)
                     if copy.index_file is not None and copy.index_file.tag == f"{tag}.index":
                         self._drop_index(job, copy)
-                ours = [file for file in job.spares if file.tag in (tag, f"{tag}.index")]
-                job.spares = [file for file in job.spares if file not in ours]
-                self._free(job, ours, again=False)
+                ours = [file for file in job.shelf.spares if file.tag in (tag, f"{tag}.index")]
+                job.shelf.spares = [file for file in job.shelf.spares if file not in ours]
+                self._files.free(job.shelf, ours, again=False)
 
     def commit(self, job_id: JobId, generation: Generation) -> None:
         """This generation is safe on every rank: whatever is older is not needed any more."""
@@ -206,7 +167,7 @@ class MemoryStore:
             job = self._jobs.get(job_id)
             if job is not None:
                 for key in [key for key in job.copies if key[0] < generation]:
-                    self._free(job, job.copies.pop(key).files(), again=True)
+                    self._files.free(job.shelf, job.copies.pop(key).files(), again=True)
 
     def keep_only(self, job_id: JobId, generation: Generation | None) -> None:
         """The job goes on from this generation (None: from elsewhere): others are void, older and newer ones."""
@@ -215,20 +176,20 @@ class MemoryStore:
             if job is None:
                 return
             for key in [key for key in job.copies if key[0] != generation]:
-                self._free(job, job.copies.pop(key).files(), again=False)
+                self._files.free(job.shelf, job.copies.pop(key).files(), again=False)
             for key, copy in list(job.copies.items()):
                 for rank in [rank for rank, file in copy.parts.items() if file.fetched]:
                     del copy.sealed[rank]
-                    self._free(job, [copy.parts.pop(rank)], again=False)
+                    self._files.free(job.shelf, [copy.parts.pop(rank)], again=False)
                 if not copy.parts:
-                    self._free(job, job.copies.pop(key).files(), again=False)
+                    self._files.free(job.shelf, job.copies.pop(key).files(), again=False)
 
     def drop_job(self, job_id: JobId) -> None:
         with self._lock:
             job = self._jobs.pop(job_id, None)
             if job is not None:
-                self._free(job, list(job.files()), again=False)
-                shutil.rmtree(job.folder, ignore_errors=True)
+                self._files.free(job.shelf, list(job.files()), again=False)
+                shutil.rmtree(job.shelf.folder, ignore_errors=True)
 
     # --- what is there ---
 
@@ -284,7 +245,7 @@ class MemoryStore:
             own = copied = 0
             steps = []
             for job in self._jobs.values():
-                own += sum(file.size_bytes for file in job.spares)
+                own += sum(file.size_bytes for file in job.shelf.spares)
                 for (generation, writer), copy in job.copies.items():
                     size_bytes = sum(file.size_bytes for file in copy.files())
                     own, copied = (own + size_bytes, copied) if writer == self._me else (own, copied + size_bytes)
@@ -298,7 +259,7 @@ class MemoryStore:
         """A file for an index that comes from another node; ``take_copy`` makes it count. MemoryRefused."""
         with self._lock:
             job = self._job(job_id)
-        return self._make(job, f"{name}.index", size_bytes, f"copy-{writer}.index")
+        return self._files.make(job.shelf, f"{name}.index", size_bytes, f"copy-{writer}.index")
 
     def receive_part(
         self, job_id: JobId, writer: NodeId, rank: int, size_bytes: int, name: str, *, fetched: bool
@@ -307,7 +268,7 @@ class MemoryStore:
         with self._lock:
             job = self._job(job_id)
         tag = f"copy-{writer}-{rank}{'-fetched' if fetched else ''}"
-        file = self._make(job, f"{name}.rank-{rank}", size_bytes, tag)
+        file = self._files.make(job.shelf, f"{name}.rank-{rank}", size_bytes, tag)
         file.fetched = fetched
         return file
 
@@ -327,18 +288,18 @@ class MemoryStore:
                 kept = {rank: file for rank, file in old.parts.items() if rank not in parts}
                 copy.parts |= kept
                 copy.sealed |= {rank: old.sealed[rank] for rank in kept}
-                self._free(job, [file for file in old.files() if file not in kept.values()], again=False)
+                self._files.free(job.shelf, [file for file in old.files() if file not in kept.values()], again=False)
             elif old is not None:
-                self._free(job, old.files(), again=False)
+                self._files.free(job.shelf, old.files(), again=False)
             job.copies[copy.index.generation, writer] = copy
             for file in copy.files():
-                self._hand_over(job, file)
+                self._files.hand_over(job.shelf, file)
 
     def discard(self, job_id: JobId, files: list[StoredFile]) -> None:
         """What was received in part only."""
         with self._lock:
             job = self._jobs.get(job_id)
-            self._free(job, files, again=job is not None)
+            self._files.free(job.shelf if job is not None else None, files, again=True)
 
     def close(self) -> None:
         with self._lock:
@@ -371,92 +332,20 @@ class MemoryStore:
             raise MemoryRefused(str(error)) from error
         copy.seal, copy.index_bytes = seal_of(copy.index), index_bytes
 
-    def _check_steady(self, job: _Job, generation: Generation, size_bytes: int) -> None:
-        """A worker's first copy is taken only if there is room for two of them, once what is older is gone."""
+    def _older_bytes(self, job: _Job, generation: Generation) -> int:
         with self._lock:
             older = [copy for (one, _), copy in job.copies.items() if one.round_number < generation.round_number]
-            freed_bytes = sum(file.size_bytes for copy in older for file in copy.files())
-            if self._used_bytes - freed_bytes + 2 * size_bytes > self._settings.limit_bytes:
-                raise MemoryRefused(self._too_much(size_bytes, "and two generations of it are kept"))
-
-    def _too_much(self, size_bytes: int, why: str) -> str:
-        return (
-            f"a copy in RAM does not fit on node {self._me}: a part has {format_bytes(size_bytes)}, {why}; of the "
-            f"{format_bytes(self._settings.limit_bytes)} that memory.limit_bytes allows, "
-            f"{format_bytes(self._used_bytes)} are in use"
-        )
-
-    def _make(self, job: _Job, name: str, size_bytes: int, tag: str) -> StoredFile:
-        """A file with all its pages, so that nobody who writes into it is killed for want of one. MemoryRefused."""
-        with self._lock:
-            spare = next((one for one in job.spares if (one.tag, one.size_bytes) == (tag, size_bytes)), None)
-            self._made += 1
-            path = job.folder / f"{name}.{self._made}"
-            if spare is not None:
-                job.spares.remove(spare)
-                spare.path = spare.path.rename(path)
-                return spare
-            self._free(job, [one for one in job.spares if one.tag == tag], again=False)
-            job.spares = [one for one in job.spares if one.tag != tag]
-            if self._used_bytes + size_bytes > self._settings.limit_bytes:
-                raise MemoryRefused(self._too_much(size_bytes, "beside those that must stay"))
-            self._used_bytes += size_bytes
-        try:
-            file = self._allocate(path, size_bytes, tag)
-        except OSError as error:
-            with self._lock:
-                self._used_bytes -= size_bytes
-            raise MemoryRefused(
-                f"a copy in RAM of {format_bytes(size_bytes)} cannot be had in {self._settings.folder} on node "
-                f"{self._me}, which has {format_bytes(_free_bytes(self._settings.folder))} free: {error.strerror}"
-            ) from error
-        with self._lock:
-            if not tag.startswith("copy-"):  # those change hands when they are whole
-                self._hand_over(job, file)
-        return file
-
-    def _allocate(self, path: Path, size_bytes: int, tag: str) -> StoredFile:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            if size_bytes:
-                os.posix_fallocate(descriptor, 0, size_bytes)
-        except OSError:
-            os.close(descriptor)
-            path.unlink(missing_ok=True)
-            raise
-        return StoredFile(path=path, descriptor=descriptor, size_bytes=size_bytes, tag=tag)
-
-    def _hand_over(self, job: _Job, file: StoredFile) -> None:
-        if job.owner != os.geteuid():
-            os.fchown(file.descriptor, job.owner, -1)
+            return sum(file.size_bytes for copy in older for file in copy.files())
 
     def _forget_part(self, job: _Job, copy: _Copy, rank: int) -> None:
         copy.sealed.pop(rank, None)
         file = copy.parts.pop(rank, None)
         if file is not None:
             copy.index = None
-            self._free(job, [file], again=True)
+            self._files.free(job.shelf, [file], again=True)
 
     def _drop_index(self, job: _Job, copy: _Copy) -> None:
         copy.index = None
         if copy.index_file is not None:
-            self._free(job, [copy.index_file], again=True)
+            self._files.free(job.shelf, [copy.index_file], again=True)
             copy.index_file = None
-
-    def _free(self, job: _Job | None, files: list[StoredFile], *, again: bool) -> None:
-        """``again``: one file of each tag is kept for its next user: fresh pages cost more than the copy itself."""
-        for file in files:
-            if job is not None and again and not file.fetched and all(one.tag != file.tag for one in job.spares):
-                job.spares.append(file)
-                continue
-            file.path.unlink(missing_ok=True)
-            os.close(file.descriptor)
-            self._used_bytes -= file.size_bytes
-
-
-def _free_bytes(folder: str) -> int:
-    try:
-        found = os.statvfs(folder)
-    except OSError:
-        return 0
-    return found.f_bavail * found.f_frsize

@@ -19,7 +19,8 @@ from typing import Any
 from elasticd.cluster.memory_link import DataConnection, Header
 from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Generation, Index, decode_index, format_bytes, seal_of
 from elasticd.core.model import JobId, NodeId
-from elasticd.daemon.memory import MemoryStore, Reading, StoredFile
+from elasticd.daemon.memory import MemoryStore
+from elasticd.daemon.memory_files import Reading, StoredFile
 from elasticd.errors import CheckpointInvalid, MemoryRefused
 
 

@@ -24,8 +24,9 @@ from elasticd.core.memory import Generation
 from elasticd.core.model import JobId, NodeId, Seat
 from elasticd.core.records import to_plain
 from elasticd.daemon.local import Caller
-from elasticd.daemon.memory import Held, MemorySettings, MemoryStore
+from elasticd.daemon.memory import Held, MemoryStore
 from elasticd.daemon.memory_copies import Copies, Place, Sent, Wanted
+from elasticd.daemon.memory_files import MemorySettings
 from elasticd.errors import MemoryRefused
 
 log = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from elasticd.core.model import JobId, JobSpec, Node, Round
 from elasticd.core.records import to_plain
 from elasticd.daemon.history import History
 from elasticd.daemon.local import Caller, LocalServer, Rebalancing
-from elasticd.daemon.memory import MemorySettings
 from elasticd.daemon.memory_copies import Place
+from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.memory_service import MemoryService, World
 from elasticd.daemon.storekeeper import StoreKeeper
 from elasticd.errors import OperatorError
