@@ -26,12 +26,15 @@ from torch.distributed.tensor import DTensor, Shard
 
 from elasticd.checkpoint.memory_restore import MemoryRestore
 from elasticd.checkpoint.memory_save import MemoryCopies, Ranks
+from elasticd.torch_defects import keep_destroyed_groups
 from elasticd.worker.link import DaemonLink
 from elasticd.worker.memory_host import MemoryHost
 from elasticd.worker.world import Place
 
 TENSORS = 16
 TIMEOUT_S = 120.0
+#: Buffers are made and page tables filled; of copies in RAM there are two.
+WARM_UP = 2
 
 
 def main() -> None:
@@ -40,7 +43,8 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     ranks = _Ranks(folder, int(gb * 1e9))
-    ranks.turn()  # buffers are made and page tables filled
+    for _ in range(WARM_UP):
+        ranks.turn()
     with (folder / "turns.jsonl").open("a") as file:
         for _ in range(turns):
             found = ranks.turn()
@@ -49,6 +53,7 @@ def main() -> None:
                 file.flush()
     dist.barrier()
     ranks.close()
+    keep_destroyed_groups()
     dist.destroy_process_group()
 
 
