@@ -109,6 +109,22 @@ def test_a_job_that_is_over_leaves_nothing(store: MemoryStore, memory: Path) -> 
         store.begin(JOB, 0, generation(2), MIB, "w0")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can hand files to another user")
+def test_files_are_the_job_users_and_the_folder_is_the_daemons(memory: Path) -> None:
+    """The user can fill a file and cannot put another one in its place; a copy is handed over once it is whole."""
+    nobody = 65534
+    store = MemoryStore(MemorySettings(folder=str(memory), limit_bytes=8 * MIB), NodeId("n0"))
+    store.enter(JOB, nobody)
+    file = store.begin(JOB, 0, generation(1), MIB, "w0")
+    copy = store.receive_part(JOB, NodeId("n1"), 1, MIB, "copy", fetched=False)
+    assert (file.path.stat().st_uid, file.path.stat().st_mode & 0o777) == (nobody, 0o600)
+    assert copy.path.stat().st_uid == 0
+    for folder in (file.path.parent, file.path.parent.parent):
+        assert (folder.stat().st_uid, folder.stat().st_mode & 0o777) == (0, 0o711)
+    store.discard(JOB, [copy])
+    store.close()
+
+
 HOLD = """
 import os, sys, time
 from pathlib import Path

@@ -11,6 +11,7 @@ Thread-safe and blocking. Not here: the files themselves (memory_files.py), that
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -21,8 +22,10 @@ from pathlib import Path
 from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Generation, Holding, Index, decode_index, seal_of
 from elasticd.core.model import JobId, NodeId
 from elasticd.daemon.memory_files import MemorySettings, Reading, SharedFiles, Shelf, StoredFile
-from elasticd.daemon.memory_folder import MemoryFolder
+from elasticd.daemon.memory_folder import MemoryFolder, sweep
 from elasticd.errors import CheckpointInvalid, MemoryRefused
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -80,6 +83,11 @@ class MemoryStore:
     @property
     def limit_bytes(self) -> int:
         return self._settings.limit_bytes
+
+    def sweep(self) -> None:
+        """Remove what daemons that are gone have left behind."""
+        for path in sweep(Path(self._settings.folder)):
+            log.info("removed %s, which a daemon that is gone has left behind", path)
 
     # --- what this node's workers write ---
 

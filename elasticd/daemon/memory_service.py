@@ -83,8 +83,10 @@ class MemoryService:
         self._closing = False
 
     def listen(self, address: str, port: int) -> int:
-        """Returns the port. OperatorError when it is in use."""
-        return self._server.listen(address, port)
+        """Returns the port. OperatorError when it is in use. What dead daemons have left in memory is removed."""
+        port = self._server.listen(address, port)
+        self._quietly(self.store.sweep)
+        return port
 
     def enter_round(self, job_id: JobId, user: str) -> None:
         """This node's workers are in that job now."""
