@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from elasticd.cluster.peers import LinkSettings
+from elasticd.core.messages import Event
 from elasticd.core.model import BootId, JobId, NodeId, Seat, Topology
 from elasticd.daemon.local import LocalServer
 from elasticd.daemon.memory_copies import Place
@@ -29,6 +30,7 @@ class MemoryNode:
         self.name, self.topology = NodeId(name), Topology(zone=zone)
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.observed: list[dict[str, Any]] = []
+        self.posted: list[Event] = []
         settings = MemorySettings(folder=str(nodes.memory), limit_bytes=nodes.limit_bytes)
         self.service = MemoryService(
             settings,
@@ -40,7 +42,7 @@ class MemoryNode:
         self.place = Place(node_id=self.name, address="127.0.0.1", port=self.service.listen("127.0.0.1", 0))
         self.local = LocalServer(
             self.name,
-            lambda _: None,
+            self.posted.append,
             lambda _, message: self.observed.append(dict(message)),
             lambda *_: None,
             lambda *_: None,
@@ -124,6 +126,15 @@ class MemoryNodes:
     def environment(self, round_number: int) -> dict[str, str]:
         """For a world of ranks; each finds its node's socket by ``join_node``."""
         return {"ELASTICD_JOB_ID": JOB, "ELASTICD_ROUND": str(round_number), "MEMORY_NODES": str(self.folder)}
+
+    def tell_workers(self, round_number: int, message: dict[str, Any]) -> None:
+        """As a daemon tells its own."""
+
+        async def tell() -> None:
+            for node in self.nodes.values():
+                node.local.tell_workers(round_number, message)
+
+        self.call(tell())
 
     def call(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(20)

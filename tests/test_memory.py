@@ -17,15 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import eventually
-from memory_nodes import JOB, MemoryNodes
+from memory_nodes import JOB, MemoryNode, MemoryNodes
 from torch.nn.parallel import DistributedDataParallel
 from worker_runs import run_world, world
 
 import elasticd
+from elasticd.checkpoint import storage
 from elasticd.cluster.memory_link import DataConnection
 from elasticd.cluster.peers import LinkSettings
 from elasticd.config import LinksConfig
-from elasticd.core.memory import Generation
+from elasticd.core.memory import Generation, Need
+from elasticd.core.messages import BoundaryReached
 from elasticd.core.model import NodeId
 from elasticd.daemon.memory import MemoryStore
 from elasticd.daemon.memory_files import MemorySettings
@@ -338,6 +340,28 @@ def test_ranks_killed_at_any_moment_of_a_copy_lose_fewer_steps_than_asked_for_an
                 done = max(steps_of(rank.output)[-1] for rank in ranks)
         (end,) = {one["weights"] for one in run(nodes, 2, 9, 2, done + 1)}
         assert end == pytest.approx(expected(done + 1), rel=1e-6)
+
+
+@pytest.mark.parametrize(("need", "on_disk"), [(Need.COPY, False), (Need.BUDDY, False), (Need.DISK, True)])
+def test_a_stop_saves_at_its_step_where_the_memory_outlives_it_and_on_disk_where_it_may_not(
+    need: Need, on_disk: bool, tmp_path: Path
+) -> None:
+    with MemoryNodes("", "") as nodes:
+        nodes.enter_round()
+        arguments = (2, 10_000, 8, "ddp", 0.005, str(tmp_path))
+        with world(2, train, *arguments, **nodes.environment(1)) as ranks:
+            eventually(lambda: all("done" in rank.output for rank in ranks), 30)
+            nodes.tell_workers(1, {"type": "boundary_wanted", "round": 1, "need": need.value})
+            eventually(lambda: all(boundaries(node) for node in nodes.nodes.values()), 20)
+            (stopped,) = {step for node in nodes.nodes.values() for step in boundaries(node)}
+        assert storage.complete_steps(tmp_path) == ([stopped] if on_disk else [])
+        assert {one["began"] for one in run(nodes, 2, 2, 2, 0)} == {stopped}
+        assert restored(nodes) == {"memory"}
+
+
+def boundaries(node: MemoryNode) -> set[int]:
+    """The steps at which its ranks have parked."""
+    return {event.step for event in list(node.posted) if isinstance(event, BoundaryReached)}
 
 
 def steps_of(output: str) -> list[int]:
