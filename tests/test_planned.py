@@ -239,7 +239,7 @@ def test_shares_follow_speed_within_ten_steps_and_say_why(tmp_path: Path) -> Non
         env = {"ELASTICD_SOCKET": daemon.path, "ELASTICD_JOB_ID": "job", "ELASTICD_ROUND": "1"}
         outputs = run_world(2, train_unequal, 34, "auto", **env)
         eventually(daemon.heard_out)
-        events = daemon.of_type("rebalanced")
+        events, speeds = daemon.of_type("rebalanced"), daemon.of_type("speeds")
     shares = list(zip(*([json.loads(line)[1] for line in output.splitlines()] for output in outputs), strict=True))
     assert shares[0] == (4, 4)
     assert set(shares[10:20]) == {(6, 2)}
@@ -247,6 +247,9 @@ def test_shares_follow_speed_within_ten_steps_and_say_why(tmp_path: Path) -> Non
     assert (events[0]["shares"], events[-1]["shares"]) == ([6, 2], [4, 4])
     assert events[0]["reason"] == "rank 1 ended last"
     assert events[0]["after_s"] < events[0]["before_s"]
+    first, other = speeds[0]["seconds"]
+    assert 0 < 2 * first < other
+    assert (speeds[0]["shares"], speeds[0]["balanced"]) in (([6, 2], True), ([4, 4], True))
 
 
 def test_balance_off_gives_equal_shares() -> None:
