@@ -258,7 +258,10 @@ class NodeLoop:
 
 
 _WORLD_EVENTS = ("round_seen", "fenced", "workers_failed")
-_WARNINGS = ("workers_failed", "torch_versions_differ", "lease_lost", "agent_lost")
+_WARNINGS = (
+    *("workers_failed", "torch_versions_differ", "lease_lost", "agent_lost"),
+    *("straggler_exchanged", "speeds_refused", "gpu_trouble"),
+)
 
 
 def merge_changes(events: Iterable[Event]) -> list[Event]:
