@@ -155,3 +155,8 @@ def _must_agree(mine: JobSpec, other: JobSpec) -> None:
             f"job {mine.job_id!r} runs with --nnodes {theirs[0]}:{theirs[1]}; you gave {ours[0]}:{ours[1]} "
             f"(`elasticd cancel {mine.job_id}` ends it)"
         )
+    if mine.ranks_per_replica != other.ranks_per_replica:
+        raise JobRefused(
+            f"job {mine.job_id!r} runs with --ranks-per-replica {other.ranks_per_replica}; you gave "
+            f"{mine.ranks_per_replica} (`elasticd cancel {mine.job_id}` ends it)"
+        )

@@ -21,6 +21,7 @@ from elasticd.cluster.store import Store
 from elasticd.commands.connect import open_cluster
 from elasticd.core.model import JobId, Node
 from elasticd.core.records import to_plain
+from elasticd.core.seating import why_spare
 from elasticd.core.view import Job, View
 from elasticd.errors import StoreUnavailable
 
@@ -83,6 +84,7 @@ def describe(view: View, checkpoints: Mapping[JobId, Mapping[str, Any]]) -> dict
 
 def _node(view: View, node: Node) -> dict[str, Any]:
     job_id, state, ranks = _part(view, node)
+    job = view.job(JobId(job_id)) if state == "spare" else None
     return {
         "node": node.node_id,
         "host": node.host,
@@ -91,6 +93,7 @@ def _node(view: View, node: Node) -> dict[str, Any]:
         "drained": node.node_id in view.drains,
         "quarantined": node.node_id in view.quarantines,
         "job": job_id,
+        "reason": why_spare(job.spec.value, job.round.value if job.round else None) if job and job.spec else "",
         "ranks": ranks,
         "cpus": node.capacity.cpu_count,
         "memory_bytes": node.capacity.memory_bytes,
@@ -169,6 +172,8 @@ def _nodes_table(nodes: list[Mapping[str, Any]]) -> Table:
     for node in nodes:
         marks = [mark for mark in ("drained", "quarantined") if node[mark]]
         state = f"{node['state']} ({', '.join(marks)})" if marks else node["state"]
+        if node["reason"]:
+            state += f": {node['reason']}"
         gpus = f"{len(node['gpus'])} x {node['gpus'][0]}" if node["gpus"] else "-"
         table.add_row(
             node["node"],

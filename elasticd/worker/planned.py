@@ -26,6 +26,7 @@ from elasticd.worker.layout import Arrangement
 from elasticd.worker.loading import DirectLoader, Key, PrefetchingLoader, Source, make_loader, to_device
 from elasticd.worker.shares import CurrentShares, Work, as_told
 from elasticd.worker.state import Registered, derive_seed
+from elasticd.worker.stream import Stream
 
 if TYPE_CHECKING:
     from elasticd.worker.pipeline import Pipeline  # it takes as long to import as all the rest of torch.distributed
@@ -51,6 +52,8 @@ class PlannedSteps:
         self._gradients: Gradients | None = None
         self._source: Source | None = None
         self._loader: DirectLoader | PrefetchingLoader | None = None
+        self._stream: Stream | None = None
+        self._saved_stream: Mapping[str, Any] | None = None
         self._anchor = (0, Cursor())
         self._last_ids: tuple[Key, list[int]] = (-1, -1), []
 
@@ -84,9 +87,17 @@ class PlannedSteps:
     def decide(self, step: int, told: list[int]) -> None:
         self._shares.decide(step, told)
 
+    def resume_stream(self, saved: Mapping[str, Any] | None) -> None:
+        """What ``stream_state`` gave for the step that comes now."""
+        self._stream, self._saved_stream = None, saved
+
+    def stream_state(self, step: int) -> Mapping[str, Any] | None:
+        """For a checkpoint of so many completed steps; None where no stream is read."""
+        return self._saved_stream if self._stream is None else self._stream.state(step)
+
     def close(self) -> None:
         """Workers that load ahead end."""
-        self._loader = None
+        self._loader = self._stream = None
 
     # What a step does.
 
@@ -166,8 +177,10 @@ class PlannedSteps:
             )
         return self._gradients
 
-    def _loader_of(self, source: Source, step: int, cursor: Cursor) -> DirectLoader | PrefetchingLoader:
+    def _loader_of(self, source: Source, step: int, cursor: Cursor) -> DirectLoader | PrefetchingLoader | Stream:
         """The one that is in use, as long as the data set is the same and the cursor where it was expected."""
+        if source.length is None or self._stream is not None:
+            return self._stream_of(source, step)
         known = self._source is not None and self._source.is_like(source)
         if self._loader is None or not known or self._cursor_at(step) != cursor:
             self._source, self._anchor = source, (step, cursor)
@@ -175,18 +188,29 @@ class PlannedSteps:
             self._loader = make_loader(source, self._ids_of)
         return self._loader
 
+    def _stream_of(self, source: Source, step: int) -> Stream:
+        if self._stream is None:
+            self._stream = Stream(source, step=step, micro_batches=self.micro_batches, saved=self._saved_stream)
+        if not self._stream.is_like(source):
+            raise ValueError("give step.micro_batches the same stream in each step: another would begin at its start")
+        return self._stream
+
     def _cursor_at(self, step: int) -> Cursor:
         assert self._source is not None
+        assert self._source.length is not None
         first, cursor = self._anchor
         samples = (step - first) * self.micro_batches * self._source.size
         return cursor.advanced(samples, self._source.length)
 
     def _ids_of(self, key: Key) -> list[int]:
+        if self._stream is not None:
+            return self._stream.ids_of(key)
         assert self._source is not None
         step, micro_batch = key
         if self._last_ids[0] != key:  # asked for twice in a row: to load them, and to record them
             where = positions(micro_batch, self._source.size)
             length, seed = self._source.length, self._seed or 0
+            assert length is not None
             self._last_ids = key, sample_ids(self._cursor_at(step), where, size=length, seed=seed)
         return self._last_ids[1]
 

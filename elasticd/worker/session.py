@@ -402,7 +402,8 @@ class Session:
     def _own_state(self, *, random_of: int | None) -> dict[str, Any]:
         cursor = {"epoch": self.cursor.epoch, "index": self.cursor.index}
         data = {"cursor": cursor, "seed": self._seed, "dataset_size": self.dataset_size}
-        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, **data})}
+        stream = self.planned.stream_state(self._completed) if self.planned is not None else None
+        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, "stream": stream, **data})}
         if random_of is not None:
             state["random"] = {str(random_of): capture_random(self.device)}
         return state
@@ -438,6 +439,8 @@ class Session:
             )
         self._completed = self._saved_step = step
         self.cursor, self.dataset_size = Cursor(**own["cursor"]), own["dataset_size"]
+        if self.planned is not None:
+            self.planned.resume_stream(own.get("stream"))
         if "random" in state:
             apply_random(state["random"][str(self._random_of)], self.device)
         else:

@@ -17,6 +17,7 @@ from elasticd.worker.data import Cursor, sample_ids, shard
 from elasticd.worker.layout import Arrangement
 from elasticd.worker.loading import Collate, Source
 from elasticd.worker.planned import PlannedSteps, StepWork
+from elasticd.worker.stream import length_of
 
 if TYPE_CHECKING:
     from elasticd.worker.pipeline import Pipeline
@@ -103,12 +104,18 @@ class Step:
         ``dataset`` has ``__len__`` and ``__getitem__`` (or ``__getitems__``); ``workers`` processes load ``prefetch``
         micro-batches each ahead of time, 0 loads here; ``collate`` as in torch's DataLoader.
 
-        ConfigError without ``Session(micro_batches=...)``; ValueError when a step does not fit the data set, or it has
-        changed its size in the middle of an epoch; NotFinite in exact mode.
+        Or it is a stream: an IterableDataset, any other iterable that can be begun anew, or a (Stateful)DataLoader over
+        one, with batches of ``size`` and ``drop_last``. Micro-batches are then its own in its own order, the same on
+        any world; every rank reads the whole of it and keeps its part (worker/stream.py: why, and at what cost). The
+        same object in each step; where it stands is in the checkpoint.
+
+        ConfigError without ``Session(micro_batches=...)``, or when a checkpoint's stream was read in another way;
+        ValueError when a step does not fit the data set, it has changed its size in the middle of an epoch, or a stream
+        has not one micro-batch; NotFinite in exact mode.
         """
         if self._host.arranged.layout.pipeline > 1:
             raise ConfigError("the layout has pipeline stages: call step.run_pipeline(...) instead of this loop")
-        length = len(dataset)
+        length = length_of(dataset)
         source = Source(dataset=dataset, length=length, size=size, workers=workers, prefetch=prefetch, collate=collate)
         planned, work = self._begin_work(source)
         return planned.run(self.index, self._host.cursor, source, work)
@@ -129,7 +136,7 @@ class Step:
         """
         if self._host.arranged.layout.pipeline == 1:
             raise ConfigError("the layout has no pipeline stages: say Session(layout=Layout(pipeline=...))")
-        length = len(dataset)
+        length = length_of(dataset)
         source = Source(dataset=dataset, length=length, size=size, workers=workers, prefetch=prefetch, collate=collate)
         planned, work = self._begin_work(source)
         planned.run_pipeline(self.index, self._host.cursor, source, work, pipeline)
@@ -142,7 +149,8 @@ class Step:
             raise RuntimeError("loop over step.micro_batches() once in each step, inside 'with step:'")
         if source.size < 1 or source.workers < 0 or source.prefetch < 1:
             raise ValueError("a micro-batch has at least 1 sample, workers are not negative, and prefetch at least 1")
-        self._advance(source.length, planned.micro_batches * source.size)
+        if source.length is not None:
+            self._advance(source.length, planned.micro_batches * source.size)
         self._work = StepWork(planned)
         return planned, self._work
 
