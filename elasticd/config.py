@@ -262,6 +262,7 @@ class _JobForm(_Form):
     stop_timeout_s: float = Field(default=5.0, ge=0, le=3600)
     boundary_timeout_s: float = Field(default=30.0, ge=0, le=3600)
     spares: int = Field(default=1, ge=0)
+    ranks_per_replica: int = Field(default=1, ge=1)
     stragglers: bool = True
     straggler_factor: float = Field(default=1.5, gt=1, allow_inf_nan=False)
     straggler_after_s: float = Field(default=60.0, ge=0, allow_inf_nan=False)
@@ -372,6 +373,8 @@ def load_job(path: str) -> JobSpec:
     """A job file as a spec. ConfigError names the field that is wrong."""
     form = _parse(_JobForm, _read(path), path)
     low, high = _nodes(path, form)
+    if isinstance(form.nproc_per_node, int):
+        check_replicas(f"{path}: ranks_per_replica: ", form.ranks_per_replica, form.nproc_per_node, low, high)
     return JobSpec(
         job_id=JobId(form.id),
         min_nodes=low,
@@ -389,9 +392,19 @@ def load_job(path: str) -> JobSpec:
         stop_timeout_s=form.stop_timeout_s,
         boundary_timeout_s=form.boundary_timeout_s,
         spares=form.spares,
+        ranks_per_replica=form.ranks_per_replica,
         straggler_factor=form.straggler_factor if form.stragglers else 0.0,
         straggler_after_s=form.straggler_after_s,
     )
+
+
+def check_replicas(where: str, per_replica: int, nproc: int, low: int, high: int) -> None:
+    """ConfigError when no number of nodes from ``low`` to ``high``, with ``nproc`` ranks each, makes whole replicas."""
+    if not any(nodes * nproc % per_replica == 0 for nodes in range(low, min(high, low + per_replica - 1) + 1)):
+        nodes = f"{low}" if low == high else f"{low} to {high}"
+        raise ConfigError(
+            f"{where}{nodes} nodes with {nproc} ranks each never make whole replicas of {per_replica} ranks"
+        )
 
 
 def _nodes(path: str, form: _JobForm) -> tuple[int, int]:

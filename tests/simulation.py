@@ -71,6 +71,7 @@ class SimStore:
         ranks = [r for s in written.seats for r in range(s.first_rank, s.first_rank + s.nproc)]
         assert ranks == list(range(written.world_size))
         assert len({s.node_id for s in written.seats}) == len(written.seats)
+        assert written.world_size % self.sim.spec.ranks_per_replica == 0
 
     def expire(self) -> None:
         if not self.up:
@@ -87,6 +88,7 @@ class SimStore:
 class SimNode:
     sim: Sim
     machine: Machine
+    nproc: int = 1
     alive: bool = True
     frozen: bool = False
     cut: bool = False
@@ -163,7 +165,7 @@ class SimNode:
     def agent_ready(self) -> None:
         if self.agent:
             job = self.machine.task.spec.job_id if self.machine.task else JobId("job")
-            self.post(messages.AgentReady(job_id=job, store_port=next(self.ports), nproc=self.sim.nproc))
+            self.post(messages.AgentReady(job_id=job, store_port=next(self.ports), nproc=self.nproc))
 
     def start_round(self, current: Round) -> None:
         assert self.machine.stage is Stage.RUNNING
@@ -353,7 +355,9 @@ class Sim:
         self.evictions.append((self.now, record.node_id, record.spare))
 
     # nodes
-    def add(self, name: str, *, sessions: bool = False, fixed: bool = True, zone: str = "") -> SimNode:
+    def add(
+        self, name: str, *, sessions: bool = False, fixed: bool = True, zone: str = "", nproc: int | None = None
+    ) -> SimNode:
         node = Node(
             node_id=NodeId(name),
             boot_id=BootId(f"{name}-{next(self._boots)}"),
@@ -366,7 +370,7 @@ class Sim:
         )
         policy = {} if self.policy is None else {"stragglers": self.policy}
         machine = Machine(node, Settings(lease_ttl_s=TTL_S, fixed_job=self.spec if fixed else None, **policy))
-        made = SimNode(self, machine, sessions=sessions)
+        made = SimNode(self, machine, sessions=sessions, nproc=nproc or self.nproc)
         self.nodes[name] = made
         self.after(0.002, made.load)
         return made

@@ -55,6 +55,23 @@ def test_every_micro_batch_is_computed_exactly_once_and_shares_sum_up(shares: tu
     ]
 
 
+@given(st.lists(st.lists(SPEED, min_size=2, max_size=2), min_size=2, max_size=20))
+def test_whatever_was_measured_has_a_usual_value_within_it(windows: list[list[float]]) -> None:
+    speeds = Speeds(2)
+    for measured in windows:
+        speeds.add(measured)
+    for known, seen in zip(speeds.known(), zip(*windows, strict=True), strict=True):
+        assert min(seen) * (1 - 1e-9) <= known <= max(seen) * (1 + 1e-9)
+
+
+def test_half_of_the_windows_slow_and_half_fast_is_no_error() -> None:
+    """It ended workers with "fmean requires at least one data point"."""
+    speeds = Speeds(1)
+    for measured in (0.1, 0.4, 0.1, 0.4):
+        speeds.add([measured])
+    assert speeds.known() == [pytest.approx(0.25)]
+
+
 @given(st.integers(1, 60), st.lists(st.floats(0.01, 100.0), min_size=1, max_size=12))
 def test_weighted_shares_are_within_one_of_their_proportion(micro_batches: int, weights: list[float]) -> None:
     shares = weighted_shares(micro_batches, weights)

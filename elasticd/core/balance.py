@@ -93,7 +93,8 @@ def _has_changed(windows: Sequence[float]) -> bool:
 
 def _usual(windows: Sequence[float]) -> float:
     middle = median(windows)
-    return fmean(each for each in windows if middle / FAR_OFF <= each <= middle * FAR_OFF or len(windows) < 3)
+    near = [each for each in windows if middle / FAR_OFF <= each <= middle * FAR_OFF or len(windows) < 3]
+    return fmean(near) if near else middle  # half of them fast and half slow, and none between
 
 
 def is_measure(seconds: float) -> bool:

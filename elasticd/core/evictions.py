@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from elasticd.core import keys
 from elasticd.core.messages import Mark, Report
-from elasticd.core.model import JobId, NodeId, Round
+from elasticd.core.model import Cause, JobId, Round
 from elasticd.core.stragglers import Eviction, Exchange, Offences, Policy, Quarantine, Suspect, Tally, find_suspect
 from elasticd.core.task import Task
 from elasticd.core.view import Job, View
@@ -55,19 +55,20 @@ def marks_of(exchange: Exchange, job_id: JobId, view: View, policy: Policy) -> t
     return tuple(marks)
 
 
-def report_of(written: Round, exchange: Exchange, marks: tuple[Mark, ...], job_id: JobId) -> Report:
-    """The decision with its reason, as it is proposed."""
-    sentence_s = next((mark.ttl_s for mark in marks if isinstance(mark.record, Quarantine)), 0)
+def report_of(current: Round, job_id: JobId, view: View) -> Report | None:
+    """The decision with its reason, once it stands. Records of one transaction arrive together."""
+    if current.cause not in (Cause.STRAGGLER, Cause.GPU_TROUBLE):
+        return None
+    records = [held for (job, node), held in view.evictions.items() if job == job_id and not current.seat_of(node)]
+    if not records:
+        return None
+    eviction = max(records, key=lambda held: held.mod_revision).value
+    quarantine = view.quarantines.get(eviction.node_id)
     return Report(
         event="straggler_exchanged",
         details=(
-            *(("job", job_id), ("round", written.number), ("straggler", exchange.suspect.node_id)),
-            *(("spare", exchange.spare or ""), ("grounds", exchange.suspect.grounds.value)),
-            *(("reason", written.reason), ("quarantine_s", sentence_s)),
+            *(("job", job_id), ("round", current.number), ("straggler", eviction.node_id)),
+            *(("spare", eviction.spare), ("grounds", eviction.grounds.value), ("reason", current.reason)),
+            ("quarantine_s", quarantine.value.seconds if quarantine else 0),
         ),
     )
-
-
-def slowdown_of(task: Task, node_id: NodeId) -> float | None:
-    """Of the node in the round that stands; None while it is not known."""
-    return task.speeds.slowdowns.get(node_id)

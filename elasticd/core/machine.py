@@ -296,6 +296,9 @@ class Machine:
         task.remember(current, self.view.job(task.spec.job_id))
 
     def _enter_round(self, task: Task, current: Round) -> Iterator[Effect]:
+        evicted = report_of(current, task.spec.job_id, self.view) if current.proposer == self.node.node_id else None
+        if evicted is not None:
+            yield evicted
         seat = current.seat_of(self.node.node_id)
         if seat is not None and seat.boot_id == self.node.boot_id and self.stage is not Stage.PREPARING:
             task.enter(current.number)
@@ -435,7 +438,6 @@ class Machine:
         marks: tuple[Mark, ...] = ()
         if proposal.exchange is not None:
             marks = marks_of(proposal.exchange, job_id, self.view, self.settings.stragglers)
-            yield report_of(wanted, proposal.exchange, marks, job_id)
         yield messages.ProposeRound(
             job_id=job_id,
             round=replace(wanted, proposer=self.node.node_id),

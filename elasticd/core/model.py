@@ -101,6 +101,9 @@ class JobSpec:
     boundary_timeout_s: float = 30.0
     #: Spares kept warm above the maximum; more nodes than that stay free for other jobs.
     spares: int = 1
+    #: A world is a multiple of so many ranks: those that hold one copy of the model together (tensor parallel, pipeline
+    #: stages, a sharded copy). Nodes that would break one up wait as spares.
+    ranks_per_replica: int = 1
     #: A node this much slower than the median for so long is exchanged (stragglers.py); 0: never.
     straggler_factor: float = 1.5
     straggler_after_s: float = 60.0

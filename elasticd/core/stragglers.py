@@ -3,7 +3,8 @@
 Every rank's speed is known to every node of a world that uses a Session (worker/speeds.py): seconds per micro-batch, or
 per step without the waiting. A node's *slowdown* is that of its slowest rank over the median of the world's ranks, the
 lower one of two, so that of two nodes the faster one is the measure. Unchanged scripts give no figures: none of their
-nodes is ever a straggler.
+nodes is ever a straggler. Ranks that compute a micro-batch together (tensor or pipeline parallel) are as slow as the
+slowest of them: nodes that share such a replica cannot be told apart, and are not judged.
 
 A node whose slowdown stays above the job's factor for the job's time, in spite of the balance of shares, is a suspect;
 so is one whose GPU is in trouble, at once. A suspect is exchanged for a spare. Without a spare the world does without
@@ -56,8 +57,8 @@ class Why(StrEnum):
 class Measured:
     """What the ranks of a round told each other, by rank: seconds, 0 where there is no measure.
 
-    ``shares``: of a step's micro-batches; empty where a script divides its batch equally itself. ``balanced``: whether
-    they follow speed.
+    ``shares``: of a step's micro-batches, one for each replica, which is one rank or several in a row; empty where a
+    script divides its batch equally itself. ``balanced``: whether they follow speed.
     """
 
     seconds: tuple[float, ...]
@@ -183,10 +184,12 @@ class SpeedWatch:
         self.slowdowns: dict[NodeId, float] = {}
 
     def add(self, measured: Measured, seats: Sequence[Seat], factor: float, now: float) -> None:
-        """ValueError when there is not one measure, and one share if any, for each rank of these seats."""
+        """ValueError when there is not one measure for each rank of these seats, or the shares do not fit them."""
         size = sum(seat.nproc for seat in seats)
-        if len(measured.seconds) != size or len(measured.shares) not in (0, size):
+        if len(measured.seconds) != size:
             raise ValueError(f"speeds of {len(measured.seconds)} ranks in a world of {size}")
+        if measured.shares and size % len(measured.shares):
+            raise ValueError(f"shares of {len(measured.shares)} replicas in a world of {size}")
         if not self._windows:
             self._windows = [deque(maxlen=WINDOWS) for _ in range(size)]
         for windows, seconds in zip(self._windows, measured.seconds, strict=True):
@@ -212,12 +215,19 @@ class SpeedWatch:
         """The part by which a step gets shorter when the others do the node's work; negative: longer."""
         if self._latest is None:
             return 0.0
-        usual = [median(windows) if windows else 0.0 for windows in self._windows]
-        theirs = {rank for seat in self._seats if seat.node_id == node_id for rank in _ranks(seat)}
-        others = [each for rank, each in enumerate(usual) if rank not in theirs]
+        of_ranks = [median(windows) if windows else 0.0 for windows in self._windows]
+        together = self._replica_size
+        usual = [max(of_ranks[start : start + together]) for start in range(0, len(of_ranks), together)]
+        theirs = {rank // together for seat in self._seats if seat.node_id == node_id for rank in _ranks(seat)}
+        others = [each for replica, each in enumerate(usual) if replica not in theirs]
         if not others or not all(map(is_measure, others)):
             return 0.0
         return _gain(self._latest, usual, others)
+
+    @property
+    def _replica_size(self) -> int:
+        shares = self._latest.shares if self._latest is not None else ()
+        return len(self._windows) // len(shares) if shares else 1
 
     def _skip_gap(self, now: float) -> None:
         gap_s = now - self._last_at if self._last_at is not None else 0.0
@@ -232,7 +242,7 @@ class SpeedWatch:
         middle = median_low(usual.values())
         for seat in self._seats:
             own = [usual[rank] for rank in _ranks(seat) if rank in usual]
-            if not own:
+            if not own or seat.first_rank % self._replica_size or seat.nproc % self._replica_size:
                 continue
             self.slowdowns[seat.node_id] = slowdown = max(own) / middle
             if slowdown > factor:
