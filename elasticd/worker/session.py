@@ -5,7 +5,7 @@
     optimizer = torch.optim.AdamW(model.parameters())
     session.register(model=model, optimizer=optimizer)
     session.restore()
-    for step in session.steps(until=10_000):
+    for step in session.progress(session.steps(until=10_000)):
         with step:
             for inputs, targets in step.micro_batches(dataset, size=4):
                 step.backward(loss_of(model(inputs), targets))  # the mean over the micro-batch
@@ -38,7 +38,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,7 @@ from elasticd.worker.data import Cursor
 from elasticd.worker.layout import Layout, arrange
 from elasticd.worker.link import DaemonLink, StepReport
 from elasticd.worker.planned import PlannedSteps
+from elasticd.worker.progress import Progress, choose_display
 from elasticd.worker.shares import Balance, as_told, make_work
 from elasticd.worker.speeds import BusySteps, SpeedReports
 from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, derive_seed, seed_random
@@ -144,6 +145,7 @@ class Session:
         self._restored = self._in_step = False
         self._completed = 0
         self._until: int | None = None
+        self._progress: Progress | None = None
         self._saved_step = -1
         self.cursor = Cursor()
         self.dataset_size = 0
@@ -273,6 +275,25 @@ class Session:
             elif self._saves_at(self._completed):
                 self.begin_save()
 
+    def progress(self, steps: Iterator[Step], *, every_s: float = 10.0, file: TextIO | None = None) -> Iterator[Step]:
+        """The same steps, while rank 0 shows how far they are.
+
+            for step in session.progress(session.steps(until=10_000)):
+
+        Step, loss (where the script reports it), samples a second of all ranks, time left, world size, and shares when
+        they are unequal: as a bar in a terminal, as a line every ``every_s`` seconds otherwise. ``file``: where, by
+        default standard error. That it cannot be written to is no error.
+        """
+        if self.rank != 0:
+            return steps
+        self._progress = Progress(choose_display(file, every_s), self._standing)
+        return self._progress.follow(steps)
+
+    def _standing(self) -> dict[str, Any]:
+        shares = self.planned.shares if self.planned is not None else ()
+        unequal = shares if len(set(shares)) > 1 else ()
+        return {"until": self._until, "world_size": self.world_size, "shares": unequal}
+
     def save(self) -> Saved | None:
         """Collective, between two steps. Save now, and return once it is durable; None without a directory, or when
         this step is saved already.
@@ -301,6 +322,8 @@ class Session:
         self._close(None)
 
     def _close(self, wait_s: float | None) -> None:
+        if self._progress is not None:  # before a traceback is printed, if there is one
+            self._progress.close()
         if self.planned is not None:
             self.planned.close()
         try:
