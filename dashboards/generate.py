@@ -79,6 +79,15 @@ FLEET = (
         "Normally under a third of the lease's time to live.",
         unit="s",
     ),
+    Panel(
+        title="Evictions",
+        queries=(
+            Query(expr="max by (grounds) (elasticd_cluster_evictions)", legend="{{grounds}}, within the window"),
+            Query(expr="max(elasticd_cluster_eviction_budget)", legend="budget"),
+            Query(expr="max(elasticd_cluster_quarantined_nodes)", legend="nodes in quarantine"),
+        ),
+        about="Nodes that lost their seats: because they were slow for long, or a GPU was in trouble.",
+    ),
     plot("Links between daemons", "sum by (state) (elasticd_peers)", "{{state}}", "Each link is seen from both ends."),
     plot(
         "Time to detect a loss",
@@ -168,6 +177,13 @@ JOB = (
             Query(expr=f"max by (node) (elasticd_job_imbalance_ratio{{{J}}})", legend="{{node}}, now"),
         ),
         about="The slowest over the mean of the busy time per step: 1.0 is perfect, 1.2 costs a sixth of the fleet.",
+        low=1,
+    ),
+    plot(
+        "Slowdown by node",
+        f"max by (node) (elasticd_job_slowdown_ratio{{{J}}})",
+        "{{node}}",
+        "Its slowest rank over the median of all ranks. Above the job's straggler_factor for long, it is exchanged.",
         low=1,
     ),
     Panel(

@@ -419,6 +419,8 @@ def test_calls_in_the_wrong_place() -> None:
     [({"micro_batches": 0}, "micro_batches must be at least 1"),
      ({"micro_batches": 4, "max_micro_batches": 3}, "at most 3 micro-batches together, and a step has 4"),
      ({"micro_batches": 4, "balance": "yes"}, "balance is 'yes'"),
+        ({"micro_batches": 4, "balance": (1, math.nan)}, "weights are positive numbers"),
+        ({"micro_batches": 4, "balance": ()}, "weights are positive numbers"),
      ({"exact": True}, "mean nothing without micro_batches"),
      ({"max_micro_batches": 3}, "mean nothing without micro_batches")],
 )  # fmt: skip

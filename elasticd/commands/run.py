@@ -88,6 +88,7 @@ def make_spec(asked: dict[str, Any]) -> JobSpec:
         stop_timeout_s=_stop_timeout_s(asked),
         boundary_timeout_s=asked["boundary_timeout"],
         spares=asked["spares"],
+        ranks_per_replica=asked["ranks_per_replica"],
         by_run=True,
     )
 

@@ -18,6 +18,7 @@ from elasticd.channel import MAX_LINE_BYTES, Channel, Message, decode, encode
 from elasticd.core import messages
 from elasticd.core.messages import Event
 from elasticd.core.model import Failure, JobId, NodeId
+from elasticd.core.stragglers import Measured
 from elasticd.errors import ChannelClosed, OperatorError, ProtocolError
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,8 @@ class LocalServer:
             case "boundary":
                 step = int(message["step"])
                 self._post(messages.BoundaryReached(round_number=number, rank=caller.rank, step=step))
+            case "speeds":
+                self._post(messages.SpeedsMeasured(round_number=number, measured=_measured(message)))
             case "rebalanced":
                 self._rebalanced(caller, _rebalancing(number, message))
             case "checkpoint" | "passed_over":
@@ -217,6 +220,14 @@ def _rebalancing(round_number: int, plain: Message) -> Rebalancing:
         reason=str(plain["reason"])[:256],
         before_s=float(plain.get("before_s", 0.0)),
         after_s=float(plain.get("after_s", 0.0)),
+    )
+
+
+def _measured(plain: Message) -> Measured:
+    return Measured(
+        seconds=tuple(float(each) for each in plain["seconds"]),
+        shares=tuple(int(share) for share in plain.get("shares", ())),
+        balanced=bool(plain.get("balanced", False)),
     )
 
 

@@ -26,6 +26,7 @@ from elasticd.config import DaemonConfig, EtcdConfig, LaunchOptions, is_unspecif
 from elasticd.core import messages
 from elasticd.core.machine import Settings
 from elasticd.core.model import BootId, Capacity, JobSpec, Node, NodeId, Phase
+from elasticd.core.stragglers import Policy
 from elasticd.daemon.launcher import LauncherSettings, WarmLauncher
 from elasticd.daemon.node import NodeLoop, Observer, Setup, world_log
 from elasticd.daemon.notify import notify, watchdog_interval_s
@@ -100,7 +101,7 @@ def make_setup(config: DaemonConfig, node: Node, spec: JobSpec | None) -> Setup:
     detection = config.detection
     return Setup(
         node=node,
-        settings=Settings(lease_ttl_s=detection.lease_ttl_s, fixed_job=spec),
+        settings=Settings(lease_ttl_s=detection.lease_ttl_s, fixed_job=spec, stragglers=_policy(config)),
         links=LinkSettings(
             heartbeat_s=detection.heartbeat_s,
             dead_after_s=detection.dead_after_s,
@@ -109,6 +110,17 @@ def make_setup(config: DaemonConfig, node: Node, spec: JobSpec | None) -> Setup:
         ),
         socket_path=Path(config.run_dir) / f"{config.node_id}.sock",
         history_file=config.history_file,
+    )
+
+
+def _policy(config: DaemonConfig) -> Policy:
+    said = config.stragglers
+    return Policy(
+        enabled=said.enabled,
+        budget=said.eviction_budget,
+        window_s=said.eviction_window_s,
+        quarantine_after=said.quarantine_after,
+        quarantine_s=said.quarantine_s,
     )
 
 

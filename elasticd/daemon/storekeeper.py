@@ -12,12 +12,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from elasticd.cluster.store import Change, Compare, Delete, KeyValue, Operation, Put, Store, Watch
 from elasticd.core import keys, messages
 from elasticd.core.messages import Event, Write
 from elasticd.core.model import Node
 from elasticd.core.records import from_json, to_json
+from elasticd.core.stragglers import Tally
 from elasticd.core.view import Entry
 from elasticd.errors import (
     Compacted,
@@ -220,6 +222,15 @@ class StoreKeeper:
         compares += [Compare(key=guard.key, create_revision=guard.create_revision) for guard in effect.guards]
         operations: list[Operation] = [Put(key=key, value=to_json(effect.round), lease=lease)]
         operations += [Delete(key=doomed) for doomed in effect.delete_keys]
+        compares += [
+            Compare(key=mark.key, mod_revision=mark.expected_mod_revision)
+            for mark in effect.marks
+            if mark.expected_mod_revision is not None
+        ]
+        leases = {mark.key: self._store.grant(mark.ttl_s) for mark in effect.marks if mark.ttl_s}
+        operations += [
+            Put(key=mark.key, value=to_json(_dated(mark)), lease=leases.get(mark.key, 0)) for mark in effect.marks
+        ]
         if effect.spec is not None:
             operations.append(Put(key=keys.spec(effect.job_id), value=to_json(effect.spec), lease=lease))
         if lease:  # all that the job leaves behind goes with its last record
@@ -227,6 +238,9 @@ class StoreKeeper:
             written = {operation.key for operation in operations}
             operations += [Put(key=kv.key, value=kv.value, lease=lease) for kv in held if kv and kv.key not in written]
         result = self._store.txn(compares, operations)
+        if not result.succeeded:
+            for granted in leases.values():
+                self._store.revoke(granted)
         return result.succeeded, result.revision if result.succeeded else 0
 
     def _register(self) -> tuple[bool, int]:
@@ -315,6 +329,12 @@ def wait_until_reachable(store: Store, patience_s: float) -> None:
             time.sleep(RETRY_S)
         else:
             return
+
+
+def _dated(mark: messages.Mark) -> object:
+    """The record with the end of its lease in Unix time, for people."""
+    record = mark.record
+    return record if isinstance(record, Tally) else replace(record, until=time.time() + mark.ttl_s)
 
 
 def _entry(found: KeyValue) -> Entry:

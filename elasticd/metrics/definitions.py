@@ -89,6 +89,15 @@ LEAVING = GaugeDefinition("elasticd_leaving", "1 while this node is drained, or 
 STAGE = GaugeDefinition("elasticd_stage", "1 for the stage that this node is in, 0 for the others.", ("stage",))
 CLUSTER_NODES = GaugeDefinition("elasticd_cluster_nodes", "Nodes registered in etcd, as this node sees it.")
 CLUSTER_JOBS = GaugeDefinition("elasticd_cluster_jobs", "Jobs in etcd by phase, as this node sees it.", ("phase",))
+QUARANTINED = GaugeDefinition("elasticd_cluster_quarantined_nodes", "Nodes in quarantine, as this node sees it.")
+EVICTIONS = GaugeDefinition(
+    "elasticd_cluster_evictions",
+    "Nodes that lost their seats within the budget's window, by grounds, as this node sees it.",
+    ("grounds",),
+)
+EVICTION_BUDGET = GaugeDefinition(
+    "elasticd_cluster_eviction_budget", "How many nodes may lose their seats within the window, by this node's file."
+)
 PEERS = GaugeDefinition("elasticd_peers", "Links to other daemons by state.", ("state",))
 
 # --- etcd -----------------------------------------------------------------------------------------
@@ -140,6 +149,12 @@ RANK_WAIT = CounterDefinition("elasticd_rank_wait_seconds_total", "Time in steps
 IMBALANCE = GaugeDefinition(
     "elasticd_job_imbalance_ratio",
     "The slowest over the mean of the busy seconds of this node's ranks in their latest steps.",
+    JOB,
+)
+SLOWDOWN = GaugeDefinition(
+    "elasticd_job_slowdown_ratio",
+    "This node's slowest rank over the median of the world's ranks, by seconds per micro-batch (or busy seconds per "
+    "step): 1.0 is as fast as most.",
     JOB,
 )
 STEP = GaugeDefinition("elasticd_job_step", "The newest completed step that this node's ranks reported.", JOB)

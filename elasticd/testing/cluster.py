@@ -45,6 +45,8 @@ class ClusterSpec:
     heartbeat_s: float = 0.1
     dead_after_s: float = 0.5
     lease_ttl_s: int = 5
+    #: More of each node's configuration, as TOML.
+    more: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = (sys.executable, "-m", "elasticd.cli")
 
@@ -166,7 +168,7 @@ class Cluster:
             "[links]\ninsecure = true\n"
             f"[metrics]\nport = {METRICS_PORT}\n"
             f"[detection]\nheartbeat_s = {spec.heartbeat_s}\ndead_after_s = {spec.dead_after_s}\n"
-            f"lease_ttl_s = {spec.lease_ttl_s}\n"
+            f"lease_ttl_s = {spec.lease_ttl_s}\n{spec.more}"
         )
 
     def _environment(self, node: ClusterNode) -> dict[str, str]:

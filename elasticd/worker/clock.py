@@ -54,7 +54,8 @@ class CudaMark:
 class MicroBatchClock:
     def __init__(self, device: torch.device) -> None:
         self._mark: type[CpuMark | CudaMark] = CudaMark if device.type == "cuda" else CpuMark
-        self._pending: deque[tuple[Mark, Mark]] = deque(maxlen=MAX_PENDING)
+        #: When they began and ended, and how many they were.
+        self._pending: deque[tuple[Mark, Mark, int]] = deque(maxlen=MAX_PENDING)
         self._began: Mark | None = None
         self._gradient: Mark | None = None
 
@@ -72,22 +73,24 @@ class MicroBatchClock:
         assert self._began is not None
         ended = self._gradient if waited else self._mark()
         if ended is not None:
-            self._pending.append((self._began, ended))
+            self._pending.append((self._began, ended, 1))
 
-    def end_only(self) -> None:
-        """The end of a step's only micro-batch: with the waiting, where its end cannot be seen without."""
+    def end_only(self, count: int = 1) -> None:
+        """The end of a step's only micro-batch, or of ``count`` that a pipeline computed: with the waiting, where its
+        end cannot be seen without.
+        """
         assert self._began is not None
-        self._pending.append((self._began, self._gradient or self._mark()))
+        self._pending.append((self._began, self._gradient or self._mark(), count))
 
     def take(self) -> float:
         """The mean since the last call; NaN when nothing was measured. What the device has not done yet is left."""
         seconds: list[float] = []
         while self._pending:
-            began, ended = self._pending[0]
+            began, ended, count = self._pending[0]
             measured = ended.seconds_since(began)
             if measured is None:
                 break
-            seconds.append(measured)
+            seconds.append(measured / count)
             self._pending.popleft()
         return sum(seconds) / len(seconds) if seconds else float("nan")
 

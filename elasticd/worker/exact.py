@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from elasticd.errors import ConfigError, NotFinite
 from elasticd.worker.gradients import replicas, trained
+from elasticd.worker.layout import Arrangement
 from elasticd.worker.state import Registered
 
 #: The sum stays below 2**62, and so, with what rounding adds, inside an int64.
@@ -43,15 +44,17 @@ _ABSENT = -1.0
 class ExactGradients:
     """ConfigError when the model is sharded."""
 
-    def __init__(self, registered: Registered, *, micro_batches: int, world_size: int) -> None:
+    def __init__(self, registered: Registered, *, micro_batches: int, arranged: Arrangement) -> None:
         model = trained(registered)
         self._named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
-        if any(isinstance(each, DTensor) for _, each in self._named) or isinstance(model, FSDPModule):
+        split = arranged.layout.replica_size > 1 or any(isinstance(each, DTensor) for _, each in self._named)
+        if split or isinstance(model, FSDPModule):
             raise ConfigError(
                 "exact mode needs the whole model on each rank: use DistributedDataParallel, or no wrapper"
             )
         self._replicas = replicas(registered)
-        self._micro_batches, self._world_size = micro_batches, world_size
+        self._micro_batches, self._world_size = micro_batches, arranged.world_size
+        self.scale = 1.0
         self._kept: list[list[torch.Tensor]] = []
 
     def clear(self, *, unequal: bool) -> None:  # noqa: ARG002

@@ -1,5 +1,7 @@
 """A step's micro-batches on this rank: which they are, their data, their gradients, their time.
 
+They are those of its replica (layout.py): all of a replica's ranks compute the same ones.
+
 What a micro-batch computes depends on the job's seed, the step and its number in it, and on nothing of the world: its
 samples (data.py) and, where the job has a seed, torch's random states, from which dropout draws.
 
@@ -9,19 +11,25 @@ Not here: the step that they belong to (step.py), how each of these is done (loa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from elasticd.core.plan import positions
 from elasticd.worker.clock import MicroBatchClock
 from elasticd.worker.data import Cursor, sample_ids
 from elasticd.worker.exact import ExactGradients
 from elasticd.worker.gradients import Gradients, MeanGradients, shards, trained
+from elasticd.worker.layout import Arrangement
 from elasticd.worker.loading import DirectLoader, Key, PrefetchingLoader, Source, make_loader, to_device
 from elasticd.worker.shares import CurrentShares, Work, as_told
 from elasticd.worker.state import Registered, derive_seed
+from elasticd.worker.stream import Stream
+
+if TYPE_CHECKING:
+    from elasticd.worker.pipeline import Pipeline  # it takes as long to import as all the rest of torch.distributed
 
 
 class PlannedSteps:
@@ -32,17 +40,20 @@ class PlannedSteps:
         work: Work,
         *,
         group: dist.ProcessGroup | None,
+        arranged: Arrangement,
         device: torch.device,
         seed: int | None,
         tell: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self._work, self._group, self._device, self._seed = work, group, device, seed
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._shares = CurrentShares(work, group, tell)
+        self._arranged = arranged
+        self._shares = CurrentShares(work, group, arranged, tell)
         self._clock = MicroBatchClock(device)
         self._gradients: Gradients | None = None
         self._source: Source | None = None
         self._loader: DirectLoader | PrefetchingLoader | None = None
+        self._stream: Stream | None = None
+        self._saved_stream: Mapping[str, Any] | None = None
         self._anchor = (0, Cursor())
         self._last_ids: tuple[Key, list[int]] = (-1, -1), []
 
@@ -54,12 +65,17 @@ class PlannedSteps:
     def shares(self) -> tuple[int, ...]:
         return self._shares.plan.shares
 
+    @property
+    def balanced(self) -> bool:
+        """Whether shares follow speed."""
+        return self._shares.balanced
+
     # What the session does between steps.
 
     def use(self, registered: Registered) -> None:
         """The model whose gradients are meant. ConfigError when they could not be averaged as asked for."""
         make = ExactGradients if self._work.exact else MeanGradients
-        self._gradients = make(registered, micro_batches=self.micro_batches, world_size=self._world_size)
+        self._gradients = make(registered, micro_batches=self.micro_batches, arranged=self._arranged)
         self._clock.watch(trained(registered))
         if self._work.balance == "auto":
             self._shares.balanced = not shards(registered)
@@ -71,20 +87,26 @@ class PlannedSteps:
     def decide(self, step: int, told: list[int]) -> None:
         self._shares.decide(step, told)
 
+    def resume_stream(self, saved: Mapping[str, Any] | None) -> None:
+        """What ``stream_state`` gave for the step that comes now."""
+        self._stream, self._saved_stream = None, saved
+
+    def stream_state(self, step: int) -> Mapping[str, Any] | None:
+        """For a checkpoint of so many completed steps; None where no stream is read."""
+        return self._saved_stream if self._stream is None else self._stream.state(step)
+
     def close(self) -> None:
         """Workers that load ahead end."""
-        self._loader = None
+        self._loader = self._stream = None
 
     # What a step does.
 
     def run(self, step: int, cursor: Cursor, source: Source, begun: StepWork) -> Iterator[Any]:
         """This rank's micro-batches, one at a time, each to be followed by ``begun.backward``."""
-        gradients = self._known_gradients()
-        owned = self._shares.plan.owned[self._rank]
-        todo = owned or (0,)  # a stand-in: as finite as the step is
+        gradients, owned, todo = self._known_gradients(), self._owned, self._todo
         loader = self._loader_of(source, step, cursor)
         loader.begin(step, todo)
-        gradients.clear(unequal=len(set(self.shares)) > 1)
+        gradients.clear(unequal=self._unequal)
         for number, micro_batch in enumerate(todo, start=1):
             last = number == len(todo)
             self._clock.begin()
@@ -101,13 +123,47 @@ class PlannedSteps:
         gradients.finish()
         begun.done = True
 
+    def run_pipeline(self, step: int, cursor: Cursor, source: Source, begun: StepWork, pipeline: Pipeline) -> None:
+        """All of this replica's micro-batches, forward and backward; what this rank is of them is one stage."""
+        gradients, owned, todo = self._known_gradients(), self._owned, self._todo
+        loader = self._loader_of(source, step, cursor)
+        loader.begin(step, todo)
+        gradients.clear(unequal=self._unequal)
+        self._clock.begin()
+        keys = [(step, micro_batch) for micro_batch in todo] if pipeline.needs_data else []
+        batches = [to_device(loader.take(key), self._device) for key in keys]
+        losses = pipeline.run(
+            batches,
+            len(todo),
+            scale=gradients.scale if owned else 0.0,
+            on_forward=lambda place: self._seed_for(step, todo[place], pipeline.stage),
+        )
+        self._clock.end_only(len(todo))
+        gradients.finish()
+        for micro_batch in owned:
+            begun.sample_ids += self._ids_of((step, micro_batch))
+        begun.take_losses(dict(zip(owned, losses, strict=False)))  # there are none but on the last stage
+
     def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
         self._known_gradients().backward(loss, counts=counts)
+
+    @property
+    def _owned(self) -> tuple[int, ...]:
+        return self._shares.plan.owned[self._arranged.replica]
+
+    @property
+    def _todo(self) -> tuple[int, ...]:
+        """What is owned, or a stand-in: as finite as the step is."""
+        return self._owned or (0,)
+
+    @property
+    def _unequal(self) -> bool:
+        return len(set(self.shares)) > 1
 
     def mean(self, losses: Mapping[int, torch.Tensor]) -> float:
         """Collective: over the losses of all micro-batches, added up in their order on every world."""
         every = torch.zeros(self.micro_batches, dtype=torch.float64)
-        for micro_batch, loss in losses.items():
+        for micro_batch, loss in losses.items() if self._arranged.leads else ():
             every[micro_batch] = float(loss)
         if self._group is not None:
             dist.all_reduce(every, group=self._group)
@@ -121,8 +177,10 @@ class PlannedSteps:
             )
         return self._gradients
 
-    def _loader_of(self, source: Source, step: int, cursor: Cursor) -> DirectLoader | PrefetchingLoader:
+    def _loader_of(self, source: Source, step: int, cursor: Cursor) -> DirectLoader | PrefetchingLoader | Stream:
         """The one that is in use, as long as the data set is the same and the cursor where it was expected."""
+        if source.length is None or self._stream is not None:
+            return self._stream_of(source, step)
         known = self._source is not None and self._source.is_like(source)
         if self._loader is None or not known or self._cursor_at(step) != cursor:
             self._source, self._anchor = source, (step, cursor)
@@ -130,26 +188,37 @@ class PlannedSteps:
             self._loader = make_loader(source, self._ids_of)
         return self._loader
 
+    def _stream_of(self, source: Source, step: int) -> Stream:
+        if self._stream is None:
+            self._stream = Stream(source, step=step, micro_batches=self.micro_batches, saved=self._saved_stream)
+        if not self._stream.is_like(source):
+            raise ValueError("give step.micro_batches the same stream in each step: another would begin at its start")
+        return self._stream
+
     def _cursor_at(self, step: int) -> Cursor:
         assert self._source is not None
+        assert self._source.length is not None
         first, cursor = self._anchor
         samples = (step - first) * self.micro_batches * self._source.size
         return cursor.advanced(samples, self._source.length)
 
     def _ids_of(self, key: Key) -> list[int]:
+        if self._stream is not None:
+            return self._stream.ids_of(key)
         assert self._source is not None
         step, micro_batch = key
         if self._last_ids[0] != key:  # asked for twice in a row: to load them, and to record them
             where = positions(micro_batch, self._source.size)
             length, seed = self._source.length, self._seed or 0
+            assert length is not None
             self._last_ids = key, sample_ids(self._cursor_at(step), where, size=length, seed=seed)
         return self._last_ids[1]
 
-    def _seed_for(self, step: int, micro_batch: int) -> None:
-        """torch.manual_seed would take 0.1 ms, for devices that are not in use."""
+    def _seed_for(self, step: int, micro_batch: int, stage: int = 0) -> None:
+        """Stages of a pipeline must not draw the same. torch.manual_seed would take 0.1 ms, for devices not in use."""
         if self._seed is None and not self._work.exact:
             return
-        seed = derive_seed(self._seed or 0, step, micro_batch, 1)
+        seed = derive_seed(self._seed or 0, step, micro_batch, 1 + stage)
         torch.default_generator.manual_seed(seed)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(seed)
@@ -177,10 +246,17 @@ class StepWork:
             raise RuntimeError("call step.backward(loss) once for each micro-batch, in the loop over them")
         if loss.numel() != 1:
             raise ValueError(f"a loss of shape {tuple(loss.shape)}: give step.backward the mean over the micro-batch")
+        if isinstance(loss, DTensor):
+            loss = loss.full_tensor()
         if self._counts:
             self._losses[self._open] = loss.detach()
         self._open = None
         self._planned.backward(loss, counts=self._counts)
+
+    def take_losses(self, losses: Mapping[int, torch.Tensor]) -> None:
+        """Of a pipeline, which has computed everything at once."""
+        self._losses.update(losses)
+        self.done = True
 
     def check_closed(self) -> None:
         if self._open is not None:

@@ -42,6 +42,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
@@ -56,9 +57,11 @@ from elasticd.worker.clock import reached_last
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
 from elasticd.worker.fence import RoundFence
+from elasticd.worker.layout import Layout, arrange
 from elasticd.worker.link import DaemonLink, StepReport
 from elasticd.worker.planned import PlannedSteps
-from elasticd.worker.shares import Balance, make_work
+from elasticd.worker.shares import Balance, as_told, make_work
+from elasticd.worker.speeds import BusySteps, SpeedReports
 from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, derive_seed, seed_random
 from elasticd.worker.step import Step
 from elasticd.worker.waiting import GradientWait
@@ -84,10 +87,14 @@ class Session:
 
     ``micro_batches``: how many a step has, on all ranks together and for the whole job, for ``step.micro_batches``.
     ``max_micro_batches``: no more than so many in a step for this rank. ``balance``: "on" gives faster ranks more of
-    them, "off" divides them equally, "auto" is on where each rank holds the whole model. ``exact``: gradients are
+    them, "off" divides them equally, "auto" is on where each rank holds the whole model, numbers divide them in that
+    proportion: (1, 2, 5) gives rank 2 five times as many as rank 0. ``exact``: gradients are
     summed in fixed point, the same bits on any world (worker/exact.py says what that costs, and does not cover).
 
-    ConfigError when the directory is not writable or the environment is not whole.
+    ``layout``: how ranks share one model (tensor parallel, pipeline stages, HSDP), where each does not compute samples
+    of its own (worker/layout.py). "Rank" above is then a replica; ``max_micro_batches`` is the least of its ranks'.
+
+    ConfigError when the directory is not writable, the environment is not whole, or the world cannot hold the layout.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class Session:
         max_micro_batches: int | None = None,
         balance: Balance = "auto",
         exact: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         _show_operator_errors_as_one_line()
         if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
@@ -116,16 +124,24 @@ class Session:
         self._made_world = join_world(self._place, self.device)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._control = Control()
+        self.arranged = arrange(layout, self._place, self._control.group)
+        self._mesh = self.arranged.make_mesh(self.device) if layout is not None else None
         self._save_every_steps, self._seed = save_every_steps, seed or 0
         self._link = _connect(self._place)
         self._saver = self._make_saver(Keep(last=keep) if isinstance(keep, int) else keep, save_timeout_s)
         self.planned: PlannedSteps | None = None
         if work is not None:
             self.planned = PlannedSteps(
-                work, group=self._control.group, device=self.device, seed=seed, tell=self._tell_shares
+                work,
+                group=self._control.group,
+                arranged=self.arranged,
+                device=self.device,
+                seed=seed,
+                tell=self._tell_shares,
             )
         self._registered: Registered | None = None
         self._waiting = GradientWait()
+        self._busy, self._speeds = BusySteps(self.device), SpeedReports()
         self._restored = self._in_step = False
         self._completed = 0
         self._until: int | None = None
@@ -142,6 +158,26 @@ class Session:
     @property
     def world_size(self) -> int:
         return self._world_size
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """How the layout arranges the ranks: "dp" (or "replicate" and "shard"), then "pp" and "tp" as it has them.
+
+        Collective at its first use in a session without a layout, where all ranks are "dp".
+        """
+        if self._mesh is None:
+            self._mesh = self.arranged.make_mesh(self.device)
+        return self._mesh
+
+    @property
+    def replicas(self) -> int:
+        """How many groups of ranks compute micro-batches of their own: all ranks, without a layout."""
+        return self.arranged.replicas
+
+    @property
+    def leads_replica(self) -> bool:
+        """True on one rank of each replica: for what must be counted or written once, such as sample ids."""
+        return self.arranged.leads
 
     @property
     def local_rank(self) -> int:
@@ -182,6 +218,8 @@ class Session:
         if optimizer is not None and model is None:
             raise ValueError("an optimizer is saved by the names of its model's parameters: register the model too")
         self._registered = Registered(model=model, optimizer=optimizer, extra=dict(extra or {}))
+        if self.arranged.layout.pipeline > 1:
+            self._registered.unite = self._unite_stages
         if model is not None and optimizer is not None and self.device.type == "cpu":
             # A hook costs microseconds for each parameter and micro-batch: of many passes a step, one hook is enough.
             watched = model.parameters() if self.planned is None else reached_last(model)
@@ -300,7 +338,7 @@ class Session:
         self._waiting.take()
         wanted = self._link is not None and self._link.boundary_wanted
         due = self._saves_at(self._completed + 1)
-        own = self.planned.measure if self.planned is not None else lambda: 0
+        own = self.planned.measure if self.planned is not None else lambda: as_told(self._busy.take())
         self._control.start(self._completed, stop_wanted=wanted, due=due, own=own)
 
     def abandon(self) -> None:
@@ -314,16 +352,29 @@ class Session:
         self.cursor, self.dataset_size = step.next_cursor, step.dataset_size
         if self.planned is not None:
             self.planned.decide(self._completed, self._control.told)
+        waited_s = self._waiting.take() + blocked_s
+        self._busy.add(seconds - waited_s)
+        if self._control.told and self._place.local_rank == 0:
+            self._report_speeds(self._link, self._control.told)
         if self._link is not None:
             self._link.report(
                 StepReport(
                     step=self._completed,
                     seconds=seconds,
-                    wait_seconds=self._waiting.take() + blocked_s,
+                    wait_seconds=waited_s,
                     samples=step.samples,
                     metrics=step.metrics,
                 )
             )
+
+    def _report_speeds(self, link: DaemonLink | None, told: list[int]) -> None:
+        self._speeds.add(told)
+        message = self._speeds.take()
+        if link is None or message is None:
+            return
+        planned = self.planned
+        shares = {"shares": planned.shares, "balanced": planned.balanced} if planned is not None else {}
+        link.post(message | shares)
 
     def _tell_shares(self, event: Mapping[str, Any]) -> None:
         """All ranks have decided the same: one of them says so."""
@@ -341,12 +392,23 @@ class Session:
         if self._link is not None:
             self._link.in_step = value
 
-    def _own_state(self, *, with_random: bool) -> dict[str, Any]:
+    def _unite_stages(self, own: list[list[str]]) -> list[list[str]]:
+        from elasticd.worker.pipeline import names_of_all_stages
+
+        return names_of_all_stages(own, self.mesh.get_group("pp"))
+
+    @property
+    def _random_of(self) -> int:
+        """Whose random state this rank takes up: of one rank for each replica, whose ranks must draw the same."""
+        return self.arranged.first_rank
+
+    def _own_state(self, *, random_of: int | None) -> dict[str, Any]:
         cursor = {"epoch": self.cursor.epoch, "index": self.cursor.index}
         data = {"cursor": cursor, "seed": self._seed, "dataset_size": self.dataset_size}
-        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, **data})}
-        if with_random:
-            state["random"] = {str(self.rank): capture_random(self.device)}
+        stream = self.planned.stream_state(self._completed) if self.planned is not None else None
+        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, "stream": stream, **data})}
+        if random_of is not None:
+            state["random"] = {str(random_of): capture_random(self.device)}
         return state
 
     def _restore_newest(self, registered: Registered) -> Restored | None:
@@ -354,7 +416,8 @@ class Session:
             return None
 
         def make_state(manifest: Manifest) -> dict[str, Any]:
-            return registered.capture() | self._own_state(with_random=self.rank < manifest.world_size)
+            known = self._random_of < manifest.world_size
+            return registered.capture() | self._own_state(random_of=self._random_of if known else None)
 
         passed_over: list[PassedOver] = []
         try:
@@ -379,13 +442,15 @@ class Session:
             )
         self._completed = self._saved_step = step
         self.cursor, self.dataset_size = Cursor(**own["cursor"]), own["dataset_size"]
+        if self.planned is not None:
+            self.planned.resume_stream(own.get("stream"))
         if "random" in state:
-            apply_random(state["random"][str(self.rank)], self.device)
+            apply_random(state["random"][str(self._random_of)], self.device)
         else:
-            seed_random(derive_seed(self._seed, step, self.rank))
+            seed_random(derive_seed(self._seed, step, self._random_of))
 
     def _state(self) -> dict[str, Any]:
-        return self._known().capture() | self._own_state(with_random=True)
+        return self._known().capture() | self._own_state(random_of=self.rank)
 
     def _make_saver(self, keep: Keep, timeout_s: float) -> BackgroundSaver | None:
         if self._directory is None:
