@@ -56,6 +56,7 @@ from elasticd.torch_defects import keep_destroyed_groups
 from elasticd.worker.clock import reached_last
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
+from elasticd.worker.fence import RoundFence
 from elasticd.worker.layout import Layout, arrange
 from elasticd.worker.link import DaemonLink, StepReport
 from elasticd.worker.planned import PlannedSteps
@@ -127,8 +128,8 @@ class Session:
         self.arranged = arrange(layout, self._place, self._control.group)
         self._mesh = self.arranged.make_mesh(self.device) if layout is not None else None
         self._save_every_steps, self._seed = save_every_steps, seed or 0
-        self._saver = self._make_saver(Keep(last=keep) if isinstance(keep, int) else keep, save_timeout_s)
         self._link = _connect(self._place)
+        self._saver = self._make_saver(Keep(last=keep) if isinstance(keep, int) else keep, save_timeout_s)
         self.planned: PlannedSteps | None = None
         if work is not None:
             self.planned = PlannedSteps(
@@ -259,6 +260,8 @@ class Session:
         process; SystemExit after a stop, when the daemon is gone.
         """
         self._check_ready()
+        if self._saver is not None:
+            self._saver.began_at(self._completed)
         self._until = until
         while until is None or self._completed < until:
             step = Step(self, self._completed)
@@ -482,6 +485,7 @@ class Session:
             job_id=place.job_id,
             round_number=place.round_number,
             keep=keep,
+            fence=RoundFence(self._link, timeout_s / 2) if self._link is not None else None,
         )
         return BackgroundSaver(saver, self._save_ended)
 
