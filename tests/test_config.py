@@ -296,6 +296,8 @@ def test_a_job_file_as_a_spec(file: Path) -> None:
         stop_timeout_s = 9
         boundary_timeout_s = 1.5
         spares = 2
+        straggler_factor = 2.5
+        straggler_after_s = 7
         [env]
         B = "2"
         A = ""
@@ -317,7 +319,15 @@ def test_a_job_file_as_a_spec(file: Path) -> None:
         stop_timeout_s=9.0,
         boundary_timeout_s=1.5,
         spares=2,
+        straggler_factor=2.5,
+        straggler_after_s=7.0,
     )
+
+
+def test_stragglers_of_a_job_may_be_left_alone(file: Path) -> None:
+    assert job(file, JOB + "stragglers = false\nstraggler_factor = 2").straggler_factor == 0.0
+
+
 
 
 @pytest.mark.parametrize(
@@ -343,6 +353,8 @@ WRONG_FOR_A_JOB = [
     ("id = ''\ncommand = ['x']", "id: '': letters, digits"),
     ("id = 'a/../b'\ncommand = ['x']", "id: 'a/../b': letters, digits"),
     (JOB + "comand = []", "comand: unknown key"),
+    (JOB + "ranks_per_replica = 0", "ranks_per_replica: input should be greater than or equal to 1"),
+    (JOB + "nodes = '1:3'\nranks_per_replica = 4", "1 to 3 nodes with 1 ranks each never make whole replicas of 4 ranks"),
     (JOB + "nodes = 2", "nodes: input should be a valid string"),
     (JOB + "nodes = '2-3'", "nodes: '2-3' is not of the form MIN:MAX"),
     (JOB + "nodes = '3:2'", "nodes: the minimum 3 is above the maximum 2"),
@@ -357,6 +369,9 @@ WRONG_FOR_A_JOB = [
     (JOB + "max_restarts = -1", "max_restarts: input should be greater than or equal to 0"),
     (JOB + "max_restarts = '3'", "max_restarts: input should be a valid integer"),
     (JOB + "stop_timeout_s = -0.1", "stop_timeout_s: input should be greater than or equal to 0"),
+    (JOB + "straggler_factor = 1", "straggler_factor: input should be greater than 1"),
+    (JOB + "straggler_factor = nan", "straggler_factor: input should be"),
+    (JOB + "straggler_after_s = -1", "straggler_after_s: input should be greater than or equal to 0"),
     (JOB + "warm = 1", "warm: input should be a valid boolean"),
     (JOB + "env = {A = 1}", "env.A: input should be a valid string"),
     (JOB + "env = {'A=B' = 'x'}", "env: 'A=B' cannot be an environment variable"),

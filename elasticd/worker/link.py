@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
 
 from elasticd.channel import Channel, Message
 from elasticd.core.memory import Need
@@ -73,6 +73,14 @@ class Folded:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FenceAnswer:
+    """``stands`` is None when nobody could tell."""
+
+    stands: bool | None
+    reason: str = ""
+
+
 class DaemonLink:
     """ChannelClosed from the constructor when nobody listens at ``path``."""
 
@@ -85,6 +93,7 @@ class DaemonLink:
         self._round_number = int(hello["round"])
         self._stop_need = Need.NOTHING
         self._refusal = ""
+        self._fences: queue.SimpleQueue[tuple[int, FenceAnswer]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._drained = threading.Event()
         self._ready = threading.Condition()
@@ -92,7 +101,7 @@ class DaemonLink:
         self._reports = Folded()
         self._closing = False
         self._next_report_at = 0.0
-        self._asked: dict[int, SimpleQueue[Message | None]] = {}
+        self._asked: dict[int, queue.SimpleQueue[Message | None]] = {}
         self._last_id = 0
         for target, channel in ((self._read, reader), (self._write, Channel(self._socket))):
             threading.Thread(target=target, args=(channel,), name="elasticd-link", daemon=True).start()
@@ -123,7 +132,7 @@ class DaemonLink:
 
     def request(self, message: Message, timeout_s: float) -> Message:
         """Ask, and wait for the answer, in any thread. ChannelClosed when none came."""
-        answers: SimpleQueue[Message | None] = SimpleQueue()
+        answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         with self._ready:
             if self._closed.is_set():
                 raise ChannelClosed("the daemon is gone")
@@ -134,7 +143,7 @@ class DaemonLink:
             self._ready.notify()
         try:
             answer = answers.get(timeout=timeout_s)
-        except Empty:
+        except queue.Empty:
             raise ChannelClosed(f"the daemon has not answered for {timeout_s:g} s") from None
         finally:
             with self._ready:
@@ -142,6 +151,23 @@ class DaemonLink:
         if answer is None:
             raise ChannelClosed("the daemon is gone")
         return answer
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    def ask_fence(self, step: int, timeout_s: float) -> FenceAnswer:
+        """Whether the round still stands, for one who is about to publish this step. One question at a time."""
+        self.post({"type": "fence", "step": step})
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            if self._closed.is_set():
+                return FenceAnswer(stands=None, reason="the connection to the daemon is lost")
+            with contextlib.suppress(queue.Empty):
+                asked, answer = self._fences.get(timeout=min(left_s, 0.5))
+                if asked == step:  # and no late answer to an earlier question
+                    return answer
+        return FenceAnswer(stands=None, reason="the daemon gave no answer")
 
     def wait_closed(self, timeout_s: float | None = None) -> bool:
         """Wait until the daemon is gone. Whether it is."""
@@ -177,6 +203,12 @@ class DaemonLink:
                 asked = self._asked.get(message["id"])
             if asked is not None:
                 asked.put(message)
+        elif message["type"] == "fence_result":
+            stands = message.get("stands")
+            answer = FenceAnswer(stands=None if stands is None else bool(stands), reason=str(message.get("reason", "")))
+            if answer.stands is False:
+                self._refusal = answer.reason or "a newer round stands"
+            self._fences.put((int(message["step"]), answer))
 
     def _write(self, channel: Channel) -> None:
         try:
