@@ -110,8 +110,8 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         try:
-            self.hosts = self._close.enter_context(open_hosts(isolated=self.spec.isolated))
             self._close.callback(shutil.rmtree, self.memory, ignore_errors=True)
+            self.hosts = self._close.enter_context(open_hosts(isolated=self.spec.isolated))
             self._close.callback(_remove_sockets, self.sockets)
             self.etcd = self._close.enter_context(self._make_etcd())
             self._close.callback(self._kill_daemons)
