@@ -270,20 +270,26 @@ def test_a_copy_is_resharded_onto_another_world_and_another_layout() -> None:
 
 
 def test_a_bit_that_flips_is_noticed_before_anything_is_filled() -> None:
-    """In one part and in its copy. Nothing has been filled by then: a fresh start is a fresh start."""
+    """In a part: then its copy is taken. In its copy too: then nothing, and a fresh start is a fresh start."""
     with MemoryNodes("", "") as nodes:
         run(nodes, 2, 1, 2, 4)
-        parts = list(nodes.memory.rglob("step-4.*rank-0*"))
-        assert len(parts) == 2
-        for path in parts:
-            flip(path, BALLAST)
+        own, copy = sorted(nodes.memory.rglob("step-4.*rank-0*"), key=lambda path: "from" in path.name)
+        flip(own, BALLAST)
+        outputs = run_world(2, train, 2, 4, **nodes.environment(2))
+        assert {last(output)["began"] for output in outputs} == {4}
+        assert "step 4 in RAM: the part of rank 0 does not match its checksum" in outputs[0]
+        assert not own.exists()
+        assert copy.exists()
+        flip(copy, BALLAST)
+        nodes.enter_round()
         outputs = run_world(2, train, 2, 3, **nodes.environment(2))
         assert {last(output)["began"] for output in outputs} == {0}
-        assert "step 4 in RAM is passed over: the part of rank 0 does not match its checksum" in outputs[0]
+        (told,) = [line for line in outputs[0].splitlines() if "step 4 in RAM is passed over" in line]
+        assert "does not match its checksum" in told
         assert last(outputs[0])["weights"] == pytest.approx(expected(3), rel=1e-6)
 
 
-def test_a_bit_that_flips_in_one_of_two_places_is_passed_over_for_the_disk(tmp_path: Path) -> None:
+def test_bits_that_flip_in_a_part_and_in_its_copy_are_passed_over_for_the_disk(tmp_path: Path) -> None:
     with MemoryNodes("", "") as nodes:
         run(nodes, 2, 1, 2, 4, 1, "ddp", 0.0, str(tmp_path))  # the end stands on disk too
         for path in nodes.memory.rglob("step-4.*rank-1*"):

@@ -247,6 +247,7 @@ class MemoryService:
                 for rank, writer, nodes in message["wanted"]
             },
             index_from=tuple(NodeId(str(node)) for node in message["index_from"]),
+            damaged=tuple((int(rank), str(path)) for rank, path in message["damaged"]),
         )
         places = self._world().places
 
