@@ -198,11 +198,13 @@ def part(cluster: Cluster, node: str) -> str:
     return str(next(one for one in nodes if one["node"] == node)["job"])
 
 
-def test_a_node_with_a_sick_gpu_is_exchanged_at_once_and_quarantined(three: Cluster, gpus: FakeGpus | None) -> None:
+def test_a_node_with_a_sick_gpu_is_exchanged_at_once_and_a_job_outlives_the_drain_of_its_last_node(
+    three: Cluster, gpus: FakeGpus | None
+) -> None:
     need(why_not_fake_gpus())
     assert gpus is not None
     cluster = three
-    submit(cluster, "gpu", nodes="2", spares=1)
+    ledger = submit(cluster, "gpu", nodes="1:2", spares=1)
     cluster.wait_for(lambda _: len(cluster.seated("gpu")) == 2, 30, "a world of two")
     cluster.wait_until(lambda: all(part(cluster, node) == "gpu" for node in running(cluster)), 20, "a spare")
     sick = cluster.seated("gpu")[0]
@@ -216,7 +218,17 @@ def test_a_node_with_a_sick_gpu_is_exchanged_at_once_and_quarantined(three: Clus
     gpus.set(0, sick, **HEALTHY, **ECC)  # the card was exchanged, and the driver loaded anew
     assert cluster.cli("undrain", sick).returncode == 0
     cluster.wait_until(lambda: part(cluster, sick) == "gpu", 20, "it is a spare again")
+
+    for node in sorted(running(cluster)):  # up to the last one
+        assert cluster.cli("drain", node).returncode == 0
+    cluster.wait_for(lambda _: phase(cluster, "gpu") == "waiting", 40, "the job waits")
+    cluster.wait_until(lambda: {part(cluster, node) for node in running(cluster)} == {""}, 20, "all have left")
+    at = time.monotonic()
+    for node in sorted(running(cluster)):
+        assert cluster.cli("undrain", node).returncode == 0
+    cluster.wait_step(at, world=2)
     cancel(cluster, "gpu")
+    no_step_is_lost(read_trained(ledger))
     assert validators.validate(cluster.history()) + validators.budget_charged(cluster.history(), "gpu", 0) == []
 
 
@@ -244,14 +256,6 @@ def test_a_spare_takes_a_lost_seat_at_once_and_below_the_minimum_the_job_waits(t
     first = cluster.wait_step(stopped_at, world=2)
     assert not [line for line in cluster.trained() if stopped_at + 0.5 < line.t < first.t - 0.5]
 
-    for node in (spare, other):
-        assert cluster.cli("drain", node).returncode == 0  # the second one is the last
-    cluster.wait_for(lambda _: phase(cluster, job) == "waiting", 40, "the job waits")
-    cluster.wait_until(lambda: {part(cluster, node) for node in (spare, other)} == {""}, 20, "both have left")
-    at = time.monotonic()
-    for node in (spare, other):
-        assert cluster.cli("undrain", node).returncode == 0
-    cluster.wait_step(at, world=2)
     (folder / "finish").touch()
     cluster.wait_for(lambda history: over(history, job), 20, "the end")
     history = cluster.history()
