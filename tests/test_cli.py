@@ -125,13 +125,22 @@ def test_a_script_runs_with_an_etcd_of_its_own(tmp_path: Path) -> None:
     assert "started an etcd for this machine at 127.0.0.1:" in done.stderr
 
 
-def test_nodes_meet_at_an_etcd_and_the_job_ends_well(endpoint: str, tmp_path: Path) -> None:
+def test_nodes_of_unequal_size_meet_at_an_etcd_and_the_job_ends_well(endpoint: str, tmp_path: Path) -> None:
+    """One worker on the first node, two on the second; and a node that means other replicas is refused."""
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
-    common = ("run", "--nnodes", "1:2", "--rdzv-endpoint", endpoint, "--rdzv-id", "meet", str(script), str(tmp_path))
+    common = ("run", "--nnodes", "1:2", "--rdzv-endpoint", endpoint, "--rdzv-id", "meet")
+    train = (str(script), str(tmp_path))
     steps = tmp_path / "steps.jsonl"
-    with running(*common, log=tmp_path / "a") as first, running(*common, log=tmp_path / "b") as second:
-        eventually(lambda: steps.exists() and '"world": 2' in steps.read_text(), 40)
+    with (
+        running(*common, *train, log=tmp_path / "a") as first,
+        running(*common, "--nproc-per-node", "2", *train, log=tmp_path / "b") as second,
+    ):
+        eventually(lambda: steps.exists() and '"world": 3' in steps.read_text(), 40)
+        lines = [json.loads(line) for line in steps.read_text().splitlines() if line.endswith("}")]
+        assert {line["rank"] for line in lines if line["world"] == 3} <= {0, 1, 2}
+        refused = elasticd(*common, "--ranks-per-replica", "3", *train)
+        assert "runs with --ranks-per-replica 1; you gave 3" in refusal(refused)
         (tmp_path / "finish").touch()
         assert first.wait(30) == 0
         assert second.wait(30) == 0
@@ -206,6 +215,8 @@ def test_help_shows_torchruns_flags_and_ours() -> None:
         (("--nnodes", "3:1", "x.py"), "--nnodes 3:1"),
         (("--nnodes", "many", "x.py"), "--nnodes 'many'"),
         (("--nproc-per-node", "gpu", "x.py"), "--nproc-per-node gpu"),
+        (("--ranks-per-replica", "0", "x.py"), "--ranks-per-replica must be at least 1"),
+        (("--nproc-per-node", "3", "--ranks-per-replica", "2", "x.py"), "never make whole replicas of 2 ranks"),
         (("no-such-script.py",), "no script 'no-such-script.py'"),
         (("-m", "no_such_module"), "no module 'no_such_module'"),
     ],

@@ -345,6 +345,8 @@ WRONG_FOR_A_JOB = [
     ("id = ''\ncommand = ['x']", "id: '': letters, digits"),
     ("id = 'a/../b'\ncommand = ['x']", "id: 'a/../b': letters, digits"),
     (JOB + "comand = []", "comand: unknown key"),
+    (JOB + "ranks_per_replica = 0", "ranks_per_replica: input should be greater than or equal to 1"),
+    (JOB + "nodes = '1:3'\nranks_per_replica = 4", "1 to 3 nodes with 1 ranks each never make whole replicas of 4 ranks"),
     (JOB + "nodes = 2", "nodes: input should be a valid string"),
     (JOB + "nodes = '2-3'", "nodes: '2-3' is not of the form MIN:MAX"),
     (JOB + "nodes = '3:2'", "nodes: the minimum 3 is above the maximum 2"),
