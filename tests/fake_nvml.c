@@ -1,5 +1,5 @@
 /* A libnvidia-ml.so.1 whose GPUs are files: $FAKE_NVML_DIR/gpu0, gpu1, ... with lines of key=value, read at each call.
- * Keys: name, util, mem_used, temp, power_mw, ecc_corrected, ecc_uncorrected; "lost", and "hang" (every call that asks
+ * Keys: name, util, mem_used, temp, power_mw, ecc_corrected, ecc_uncorrected, remap_failed; "lost", and "hang" (every call that asks
  * never returns). What has no line is not supported. It checks what we make of the answers, not the driver. */
 #include <stdio.h>
 #include <stdlib.h>
@@ -98,4 +98,9 @@ int nvmlDeviceGetPowerUsage(void *handle, unsigned *milliwatts) { return narrow(
 
 int nvmlDeviceGetTotalEccErrors(void *handle, int type, int counter, unsigned long long *count) {
   return number(handle, type ? "ecc_uncorrected" : "ecc_corrected", count);
+}
+
+int nvmlDeviceGetRemappedRows(void *handle, unsigned *corrected, unsigned *uncorrected, unsigned *pending, unsigned *failed) {
+  *corrected = *uncorrected = *pending = 0;
+  return narrow(handle, "remap_failed", failed);
 }

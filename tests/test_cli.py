@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import eventually
+from conftest import alive, eventually
+from worker_runs import ledger
 
 from elasticd.cluster.embedded import EmbeddedEtcd
 from elasticd.cluster.etcd import EtcdStore
@@ -149,6 +155,51 @@ def test_the_first_error_of_a_failed_job_is_shown_with_its_traceback(tmp_path: P
     assert "ValueError: no such layer" in done.stderr
     assert "line 2, in train" in done.stderr
     assert done.stderr.count("round_seen") >= 2  # the budget of one restart was used
+
+
+@contextmanager
+def at_a_terminal(*arguments: str, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """An elasticd whose terminal is ours: (process, our end of it)."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*ELASTICD, *arguments],
+        env=clean_environment(**env),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def test_ctrl_c_ends_a_run_and_all_that_it_started_as_torchrun_ends_it(tmp_path: Path) -> None:
+    """Status 1, as torchrun 2.13 has it, and without its traceback."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    command = ("run", "--nproc-per-node", "2", str(tmp_path / "train.py"), str(tmp_path))
+    with at_a_terminal(*command) as (process, terminal):
+        eventually(lambda: len(ledger(tmp_path / "steps.jsonl")) > 10, 40, "steps")
+        started = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        assert len(started) >= 5  # the daemon, its etcd, the warm server, and two workers at least
+        os.write(terminal, b"\x03")
+        shown = b"".join(iter(partial(read_terminal, terminal), b"")).decode()
+        assert process.wait(20) == 1
+    assert "Traceback" not in shown
+    eventually(lambda: not any(map(alive, started)), 10, "all have ended")
+
+
+def read_terminal(terminal: int) -> bytes:
+    """b"" when nobody holds the other end any more."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
 
 
 def test_help_shows_torchruns_flags_and_ours() -> None:

@@ -288,6 +288,8 @@ def test_a_job_file_as_a_spec(file: Path) -> None:
         stop_timeout_s = 9
         boundary_timeout_s = 1.5
         spares = 2
+        straggler_factor = 2.5
+        straggler_after_s = 7
         [env]
         B = "2"
         A = ""
@@ -309,7 +311,15 @@ def test_a_job_file_as_a_spec(file: Path) -> None:
         stop_timeout_s=9.0,
         boundary_timeout_s=1.5,
         spares=2,
+        straggler_factor=2.5,
+        straggler_after_s=7.0,
     )
+
+
+def test_stragglers_of_a_job_may_be_left_alone(file: Path) -> None:
+    assert job(file, JOB + "stragglers = false\nstraggler_factor = 2").straggler_factor == 0.0
+
+
 
 
 @pytest.mark.parametrize(
@@ -351,6 +361,9 @@ WRONG_FOR_A_JOB = [
     (JOB + "max_restarts = -1", "max_restarts: input should be greater than or equal to 0"),
     (JOB + "max_restarts = '3'", "max_restarts: input should be a valid integer"),
     (JOB + "stop_timeout_s = -0.1", "stop_timeout_s: input should be greater than or equal to 0"),
+    (JOB + "straggler_factor = 1", "straggler_factor: input should be greater than 1"),
+    (JOB + "straggler_factor = nan", "straggler_factor: input should be"),
+    (JOB + "straggler_after_s = -1", "straggler_after_s: input should be greater than or equal to 0"),
     (JOB + "warm = 1", "warm: input should be a valid boolean"),
     (JOB + "env = {A = 1}", "env.A: input should be a valid string"),
     (JOB + "env = {'A=B' = 'x'}", "env: 'A=B' cannot be an environment variable"),

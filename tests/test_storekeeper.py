@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from elasticd.cluster.store import Compare
 from elasticd.core import keys, messages
 from elasticd.core.messages import Event, WriteFinished
 from elasticd.core.model import BootId, Capacity, Cause, JobId, JobSpec, Member, Node, NodeId, Phase, Round
@@ -105,3 +106,22 @@ def test_a_record_of_our_own_id_that_cannot_be_read_is_the_operators(store: Memo
     store.put(keys.node(ME), '{"from": "the future"}')
     with pytest.raises(OperatorError, match="node id 'a' in etcd cannot be read"):
         keeper_of(store, [])._carry_out(messages.Register())
+
+
+def test_whether_a_guard_holds_is_told_by_the_store_or_by_nobody(store: MemoryStore) -> None:
+    """A fence that cannot be asked must not say yes, nor hold up what is written after it."""
+    keeper, heard = keeper_of(store, []), []
+    revision = store.put(keys.round_(JOB), "{}")
+
+    def ask(mod_revision: int) -> None:
+        guard = Compare(key=keys.round_(JOB), mod_revision=mod_revision)
+        keeper._confirm(guard, lambda stands, reason: heard.append((stands, reason)))
+
+    ask(revision)
+    store.fail()
+    ask(revision)
+    store.heal()
+    ask(revision)
+    store.put(keys.round_(JOB), "{}")
+    ask(revision)
+    assert heard == [(True, ""), (None, "etcd gives no answer"), (True, ""), (False, "a newer round stands")]

@@ -7,6 +7,7 @@ failing, or one that writes down the order of what was done. Not here: what the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 import shutil
@@ -19,6 +20,11 @@ from typing import Any
 
 from elasticd.checkpoint.blocks import BLOCK_BYTES, Block, checksum_of, cut, encode_index
 from elasticd.checkpoint.manifest import FileEntry
+
+#: After so many bytes the kernel is asked to begin to write them to the disk.
+_WRITE_OUT_BYTES = 8 * 1024 * 1024
+_SYNC_FILE_RANGE_WRITE = 2
+_LIBC = ctypes.CDLL(None)
 
 #: From this size on a checksum is taken beside the write instead of after it; below, the hand-over costs more.
 _BESIDE_FROM_BYTES = 256 * 1024
@@ -37,6 +43,14 @@ class Disk:
     def write(self, descriptor: int, data: memoryview) -> int:
         """How many bytes were taken, as write(2) says it: fewer than given near a full disk, or of more than 2 GiB."""
         return os.write(descriptor, data)
+
+    def write_out(self, descriptor: int, start: int, size_bytes: int) -> None:
+        """Have these bytes go to the disk while the next ones are handed over; the kernel would wait for the flush.
+
+        A hint, no promise, and no error: what cannot be written, the flush tells of. Linux alone has it.
+        """
+        if (begin := getattr(_LIBC, "sync_file_range", None)) is not None:
+            begin(descriptor, ctypes.c_int64(start), ctypes.c_int64(size_bytes), _SYNC_FILE_RANGE_WRITE)
 
     def sync(self, descriptor: int) -> None:
         os.fsync(descriptor)
@@ -76,6 +90,7 @@ class SealedFile(io.RawIOBase):
         self._blocks: list[Block] = []
         self._begun_at = self._begun_crc32 = 0  # the block under way, of small writes
         self._tensor_bytes = 0
+        self._taken = self._written_out = 0  # so many bytes the kernel has, and was asked to write
         #: For how long large writes had to wait for their checksum after the disk had taken them.
         self.checksum_s = 0.0
         #: What the disk said when it refused. torch.save speaks of "unexpected pos" instead.
@@ -170,7 +185,11 @@ class SealedFile(io.RawIOBase):
     def _write_all(self, view: memoryview) -> None:
         try:
             while view:
-                view = view[self._disk.write(self._descriptor, view) :]
+                taken = self._disk.write(self._descriptor, view[:_WRITE_OUT_BYTES])
+                view, self._taken = view[taken:], self._taken + taken
+                if self._taken - self._written_out >= _WRITE_OUT_BYTES:
+                    self._disk.write_out(self._descriptor, self._written_out, self._taken - self._written_out)
+                    self._written_out = self._taken
         except OSError as error:
             self.refusal = error
             raise

@@ -41,7 +41,11 @@ class Caller:
 
 
 class Commits(Protocol):
-    def __call__(self, caller: Caller, round_number: int, step: int, path: str) -> None: ...
+    """What a worker asks of its round's fence; each answers by itself."""
+
+    def commit(self, caller: Caller, round_number: int, step: int, path: str) -> None: ...
+
+    def confirm(self, caller: Caller, round_number: int, step: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +61,7 @@ class Rebalancing:
 
 
 class LocalServer:
-    """``post`` takes events; ``commit`` answers by itself.
+    """``post`` takes events; ``commits`` answers by itself.
 
     ``observe`` gets what is only for the metrics, and ``rebalanced`` what workers decided about their shares.
     """
@@ -67,10 +71,10 @@ class LocalServer:
         node_id: NodeId,
         post: Callable[[Event], None],
         observe: Callable[[Caller, Message], None],
-        commit: Commits,
+        commits: Commits,
         rebalanced: Callable[[Caller, Rebalancing], None],
     ) -> None:
-        self._node_id, self._post, self._observe, self._commit = node_id, post, observe, commit
+        self._node_id, self._post, self._observe, self._commits = node_id, post, observe, commits
         self._rebalanced = rebalanced
         self._server: asyncio.Server | None = None
         self._callers: set[Caller] = set()
@@ -190,7 +194,9 @@ class LocalServer:
             case "checkpoint" | "passed_over":
                 self._observe(caller, message)
             case "commit":
-                self._commit(caller, number, int(message["step"]), str(message["path"]))
+                self._commits.commit(caller, number, int(message["step"]), str(message["path"]))
+            case "fence":
+                self._commits.confirm(caller, number, int(message["step"]))
             case other:
                 raise ProtocolError(f"a worker does not say {other!r}")
 

@@ -32,10 +32,13 @@ from elasticd.daemon.node import NodeLoop, Observer, Setup, world_log
 from elasticd.daemon.notify import notify, watchdog_interval_s
 from elasticd.daemon.storekeeper import wait_until_reachable
 from elasticd.errors import OperatorError, StoreUnavailable
+from elasticd.metrics.gpu import Gpus
+from elasticd.metrics.gpu_health import GpuHealth
 
 log = logging.getLogger(__name__)
 
 RUN_STORE_PATIENCE_S = 10.0
+GPU_CHECK_S = 2.0
 
 
 def serve(config: DaemonConfig) -> int:
@@ -148,9 +151,12 @@ async def _run(config: DaemonConfig, spec: JobSpec | None, launch: LaunchOptions
         launcher.start(spec)
         _handle_signals(loop, orderly=spec is None)
         notify(f"READY=1\nSTATUS=node {node.node_id} on {node.address}")
-        watchdog = asyncio.create_task(_feed_watchdog())
+        beside = [asyncio.create_task(_feed_watchdog())]
+        if config.stragglers.enabled:
+            beside.append(asyncio.create_task(_watch_gpus(loop, metrics.gpus)))
         status = await loop.finished
-        watchdog.cancel()
+        for task in beside:
+            task.cancel()
         _explain_end(loop)
         return status
     finally:
@@ -186,6 +192,17 @@ async def _feed_watchdog() -> None:
     while interval_s is not None:
         notify("WATCHDOG=1")
         await asyncio.sleep(interval_s)
+
+
+async def _watch_gpus(loop: NodeLoop, gpus: Gpus) -> None:
+    """NVML is asked in its own thread, and waited for in another: it may hang with a sick GPU."""
+    health, told = GpuHealth(), ""
+    while gpus.found:
+        trouble = health.judge(await asyncio.to_thread(gpus.samples))
+        if trouble != told:
+            told = trouble
+            loop.post(messages.GpuTroubled(trouble=trouble))
+        await asyncio.sleep(GPU_CHECK_S)
 
 
 def _explain_end(loop: NodeLoop) -> None:

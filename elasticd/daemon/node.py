@@ -75,7 +75,7 @@ class NodeLoop:
         self._parts = contextlib.AsyncExitStack()
         self._inbox: list[Event] = []
         self._inbox_lock = threading.Lock()
-        self.local = LocalServer(setup.node.node_id, self.post, self._observe, self._commit, self._rebalanced)
+        self.local = LocalServer(setup.node.node_id, self.post, self._observe, self, self._rebalanced)
 
     async def start(self) -> None:
         """Listens, then registers. OperatorError when it cannot."""
@@ -220,23 +220,41 @@ class NodeLoop:
         )
         self._report(Report(event="rebalanced", details=details), time.monotonic())
 
-    def _commit(self, caller: Caller, round_number: int, step: int, path: str) -> None:
+    def commit(self, caller: Caller, round_number: int, step: int, path: str) -> None:
         """The record of a checkpoint, under the fence of the round that wrote it."""
 
         def answer(done: bool, reason: str) -> None:  # noqa: FBT001
             self._loop.call_soon_threadsafe(self._committed, caller, round_number, step, done, reason)
 
+        fence = self._fence_of(caller, round_number)
+        if isinstance(fence, str):
+            answer(False, fence)
+            return
+        value = json.dumps({"step": step, "path": path, "round": round_number}, sort_keys=True)
+        self.keeper.commit(keys.checkpoint(caller.job_id), value, fence, answer)
+
+    def confirm(self, caller: Caller, round_number: int, step: int) -> None:
+        """Whether the round stands, for a worker that is about to give a checkpoint its name."""
+
+        def answer(stands: bool | None, reason: str) -> None:  # noqa: FBT001
+            told = {"type": "fence_result", "step": step, "stands": stands, "reason": reason}
+            self._loop.call_soon_threadsafe(caller.send, told)
+
+        fence = self._fence_of(caller, round_number)
+        if isinstance(fence, str):
+            answer(False, fence)
+        else:
+            self.keeper.confirm(fence, answer)
+
+    def _fence_of(self, caller: Caller, round_number: int) -> Compare | str:
+        """What holds in the store while the caller's round stands; why it does not where this node knows already."""
         held = self.machine.view.job(caller.job_id).round
         task = self.machine.task
         if task is None or task.spec.job_id != caller.job_id:
-            answer(False, f"this node is not in job {caller.job_id}")
-            return
+            return f"this node is not in job {caller.job_id}"
         if task.started_round != round_number or (held and held.value.number != round_number):
-            answer(False, f"round {round_number} is over")
-            return
-        guard = Compare(key=keys.round_(caller.job_id), mod_revision=held.mod_revision if held else 0)
-        value = json.dumps({"step": step, "path": path, "round": round_number}, sort_keys=True)
-        self.keeper.commit(keys.checkpoint(caller.job_id), value, guard, answer)
+            return f"round {round_number} is over"
+        return Compare(key=keys.round_(caller.job_id), mod_revision=held.mod_revision if held else 0)
 
     def _committed(self, caller: Caller, round_number: int, step: int, done: bool, reason: str) -> None:  # noqa: FBT001
         details = (("job", caller.job_id), ("round", round_number), ("step", step), ("committed", done))
@@ -258,7 +276,10 @@ class NodeLoop:
 
 
 _WORLD_EVENTS = ("round_seen", "fenced", "workers_failed")
-_WARNINGS = ("workers_failed", "torch_versions_differ", "lease_lost", "agent_lost")
+_WARNINGS = (
+    *("workers_failed", "torch_versions_differ", "lease_lost", "agent_lost"),
+    *("straggler_exchanged", "speeds_refused", "gpu_trouble"),
+)
 
 
 def merge_changes(events: Iterable[Event]) -> list[Event]:

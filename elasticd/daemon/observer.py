@@ -206,6 +206,10 @@ class MetricsService:
     def listen(self) -> int:
         return self._exporter.listen()
 
+    @property
+    def gpus(self) -> Gpus:
+        return self._gpus
+
     def attach(self, loop: NodeLoop) -> None:
         """From within the loop."""
         self._loop, self._asyncio = loop, asyncio.get_running_loop()

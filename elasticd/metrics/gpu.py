@@ -1,6 +1,7 @@
 """GPUs as NVML sees them, read in a thread of their own: a GPU that is lost or hangs must not stop anything.
 
-Without nvidia-ml-py, a driver or a GPU there are none, and that is no error. Not here: what a sick GPU means.
+Without nvidia-ml-py, a driver or a GPU there are none, and that is no error. Not here: what a sick GPU means
+(gpu_health.py).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class GpuSample:
     power_watts: float | None = None
     ecc_corrected: int | None = None
     ecc_uncorrected: int | None = None
+    remap_failed: bool | None = None
 
 
 class Gpus:
@@ -123,6 +125,7 @@ def _sample(nvml: Any, index: int, known: dict[int, Gpu]) -> GpuSample:
         count = ask(lambda: nvml.nvmlDeviceGetTotalEccErrors(handle, kind, nvml.NVML_VOLATILE_ECC))
         return None if count is None else int(count)
 
+    remap_failed = ask(lambda: nvml.nvmlDeviceGetRemappedRows(handle)[3])
     return GpuSample(
         gpu=known[index],
         up=True,
@@ -132,6 +135,7 @@ def _sample(nvml: Any, index: int, known: dict[int, Gpu]) -> GpuSample:
         power_watts=ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
         ecc_corrected=ecc(nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED),
         ecc_uncorrected=ecc(nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED),
+        remap_failed=None if remap_failed is None else bool(remap_failed),
     )
 
 

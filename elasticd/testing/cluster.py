@@ -37,7 +37,10 @@ class NotInTime(ElasticdError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """``isolated``: True insists on namespaces, False on loopback, None takes what the machine allows."""
+    """``isolated``: True insists on namespaces, False on loopback, None takes what the machine allows.
+
+    ``env``: of the daemons; ``{node}`` in a value stands for the node's name.
+    """
 
     nodes: int = 3
     etcd_members: int = 1
@@ -127,9 +130,7 @@ class Cluster:
 
     def _kill_daemons(self) -> None:
         for node in self.nodes:
-            node.host.kill()
-            if node.process is not None:
-                node.process.wait()
+            _kill(node)
 
     # --- nodes ---
 
@@ -150,10 +151,7 @@ class Cluster:
 
     def kill_node(self, index: int) -> None:
         """SIGKILL to all that runs there, in the same instant."""
-        node = self.nodes[index]
-        node.host.kill()
-        if node.process is not None:
-            node.process.wait()
+        _kill(self.nodes[index])
 
     def index_of(self, name: str) -> int:
         return next(index for index, node in enumerate(self.nodes) if node.name == name)
@@ -181,7 +179,7 @@ class Cluster:
             "GLOO_SOCKET_IFNAME": node.host.interface,
             "NCCL_SOCKET_IFNAME": node.host.interface,
             STEPS_VARIABLE: str(steps),
-            **self.spec.env,
+            **{name: value.replace("{node}", node.name) for name, value in self.spec.env.items()},
         }
 
     # --- jobs ---
@@ -260,6 +258,15 @@ class Cluster:
         """The ends of the daemons' logs: for a test that has failed."""
         logs = [(node.log, node.log.read_text(errors="replace")) for node in self.nodes if node.log.exists()]
         return "\n".join(f"--- {log}\n" + "\n".join(text.splitlines()[-lines:]) for log, text in logs)
+
+
+def _kill(node: ClusterNode) -> None:
+    """All of the host at once; a daemon that was only just started may not have entered it yet."""
+    node.host.kill()
+    if node.process is not None:
+        node.process.kill()
+        node.process.wait()
+        node.host.kill()
 
 
 def _toml(value: object) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import socket
 import threading
 import time
@@ -71,6 +72,14 @@ class Folded:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FenceAnswer:
+    """``stands`` is None when nobody could tell."""
+
+    stands: bool | None
+    reason: str = ""
+
+
 class DaemonLink:
     """ChannelClosed from the constructor when nobody listens at ``path``."""
 
@@ -83,6 +92,7 @@ class DaemonLink:
         self._round_number = int(hello["round"])
         self._boundary_wanted = False
         self._refusal = ""
+        self._fences: queue.SimpleQueue[tuple[int, FenceAnswer]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._drained = threading.Event()
         self._ready = threading.Condition()
@@ -117,6 +127,23 @@ class DaemonLink:
                 self._outbox.append({**message, "round": self._round_number})
                 self._ready.notify()
 
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    def ask_fence(self, step: int, timeout_s: float) -> FenceAnswer:
+        """Whether the round still stands, for one who is about to publish this step. One question at a time."""
+        self.post({"type": "fence", "step": step})
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            if self._closed.is_set():
+                return FenceAnswer(stands=None, reason="the connection to the daemon is lost")
+            with contextlib.suppress(queue.Empty):
+                asked, answer = self._fences.get(timeout=min(left_s, 0.5))
+                if asked == step:  # and no late answer to an earlier question
+                    return answer
+        return FenceAnswer(stands=None, reason="the daemon gave no answer")
+
     def wait_closed(self, timeout_s: float | None = None) -> bool:
         """Wait until the daemon is gone. Whether it is."""
         return self._closed.wait(timeout_s)
@@ -146,6 +173,12 @@ class DaemonLink:
             self._boundary_wanted = True
         elif message["type"] == "commit_result" and not message.get("committed", True):
             self._refusal = str(message.get("reason") or "a newer round stands")
+        elif message["type"] == "fence_result":
+            stands = message.get("stands")
+            answer = FenceAnswer(stands=None if stands is None else bool(stands), reason=str(message.get("reason", "")))
+            if answer.stands is False:
+                self._refusal = answer.reason or "a newer round stands"
+            self._fences.put((int(message["step"]), answer))
 
     def _write(self, channel: Channel) -> None:
         try:

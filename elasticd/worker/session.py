@@ -5,7 +5,7 @@
     optimizer = torch.optim.AdamW(model.parameters())
     session.register(model=model, optimizer=optimizer)
     session.restore()
-    for step in session.steps(until=10_000):
+    for step in session.progress(session.steps(until=10_000)):
         with step:
             for inputs, targets in step.micro_batches(dataset, size=4):
                 step.backward(loss_of(model(inputs), targets))  # the mean over the micro-batch
@@ -38,7 +38,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -56,9 +56,11 @@ from elasticd.torch_defects import keep_destroyed_groups
 from elasticd.worker.clock import reached_last
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
+from elasticd.worker.fence import RoundFence
 from elasticd.worker.layout import Layout, arrange
 from elasticd.worker.link import DaemonLink, StepReport
 from elasticd.worker.planned import PlannedSteps
+from elasticd.worker.progress import Progress, choose_display
 from elasticd.worker.shares import Balance, as_told, make_work
 from elasticd.worker.speeds import BusySteps, SpeedReports
 from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, derive_seed, seed_random
@@ -126,8 +128,8 @@ class Session:
         self.arranged = arrange(layout, self._place, self._control.group)
         self._mesh = self.arranged.make_mesh(self.device) if layout is not None else None
         self._save_every_steps, self._seed = save_every_steps, seed or 0
-        self._saver = self._make_saver(Keep(last=keep) if isinstance(keep, int) else keep, save_timeout_s)
         self._link = _connect(self._place)
+        self._saver = self._make_saver(Keep(last=keep) if isinstance(keep, int) else keep, save_timeout_s)
         self.planned: PlannedSteps | None = None
         if work is not None:
             self.planned = PlannedSteps(
@@ -144,6 +146,7 @@ class Session:
         self._restored = self._in_step = False
         self._completed = 0
         self._until: int | None = None
+        self._progress: Progress | None = None
         self._saved_step = -1
         self.cursor = Cursor()
         self.dataset_size = 0
@@ -257,6 +260,8 @@ class Session:
         process; SystemExit after a stop, when the daemon is gone.
         """
         self._check_ready()
+        if self._saver is not None:
+            self._saver.began_at(self._completed)
         self._until = until
         while until is None or self._completed < until:
             step = Step(self, self._completed)
@@ -272,6 +277,25 @@ class Session:
                 self._save_or_warn()
             elif self._saves_at(self._completed):
                 self.begin_save()
+
+    def progress(self, steps: Iterator[Step], *, every_s: float = 10.0, file: TextIO | None = None) -> Iterator[Step]:
+        """The same steps, while rank 0 shows how far they are.
+
+            for step in session.progress(session.steps(until=10_000)):
+
+        Step, loss (where the script reports it), samples a second of all ranks, time left, world size, and shares when
+        they are unequal: as a bar in a terminal, as a line every ``every_s`` seconds otherwise. ``file``: where, by
+        default standard error. That it cannot be written to is no error.
+        """
+        if self.rank != 0:
+            return steps
+        self._progress = Progress(choose_display(file, every_s), self._standing)
+        return self._progress.follow(steps)
+
+    def _standing(self) -> dict[str, Any]:
+        shares = self.planned.shares if self.planned is not None else ()
+        unequal = shares if len(set(shares)) > 1 else ()
+        return {"until": self._until, "world_size": self.world_size, "shares": unequal}
 
     def save(self) -> Saved | None:
         """Collective, between two steps. Save now, and return once it is durable; None without a directory, or when
@@ -301,6 +325,8 @@ class Session:
         self._close(None)
 
     def _close(self, wait_s: float | None) -> None:
+        if self._progress is not None:  # before a traceback is printed, if there is one
+            self._progress.close()
         if self.planned is not None:
             self.planned.close()
         try:
@@ -459,6 +485,7 @@ class Session:
             job_id=place.job_id,
             round_number=place.round_number,
             keep=keep,
+            fence=RoundFence(self._link, timeout_s / 2) if self._link is not None else None,
         )
         return BackgroundSaver(saver, self._save_ended)
 

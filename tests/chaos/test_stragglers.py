@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import need
+from fake_gpus import ECC, HEALTHY, FakeGpus, why_not_fake_gpus
 
 from elasticd.testing import validators
 from elasticd.testing.cluster import Cluster, ClusterSpec
 from elasticd.testing.faults import SlowNode
-from elasticd.testing.history import Event, Trained, events_of, read_trained
+from elasticd.testing.history import Event, Trained, events_of, read_trained, rounds_of
 
 pytestmark = [pytest.mark.net, pytest.mark.timeout(180)]
+NODES = ("node0", "node1", "node2")
 JOB = "slow"
+SCRIPT = str(Path(__file__).with_name("train.py"))
 AFTER_S = 2
 POLICY = "[stragglers]\neviction_budget = 5\nquarantine_after = 2\nquarantine_s = 600\neviction_window_s = 1\n"
 
 
 @pytest.fixture(scope="module")
-def cluster(namespaces: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(
-        ClusterSpec(nodes=3, isolated=True, more=POLICY), folder=tmp_path_factory.mktemp("stragglers")
-    ) as cluster:
+def gpus(tmp_path_factory: pytest.TempPathFactory) -> FakeGpus | None:
+    """One on each node; None where they cannot be faked."""
+    if why_not_fake_gpus():
+        return None
+    made = FakeGpus(tmp_path_factory.mktemp("gpus"))
+    for node in NODES:
+        made.set(0, node, **HEALTHY, **ECC)
+    return made
+
+
+@pytest.fixture(scope="module")
+def cluster(namespaces: None, gpus: FakeGpus | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    env = gpus.environment_by_node if gpus is not None else {}
+    spec = ClusterSpec(nodes=len(NODES), isolated=True, more=POLICY, env=env)
+    with Cluster(spec, folder=tmp_path_factory.mktemp("stragglers")) as cluster:
         yield cluster
 
 
@@ -37,13 +53,13 @@ def submit(cluster: Cluster, job: str, **fields: object) -> Path:
     return ledger
 
 
-def exchanged(cluster: Cluster, node: str, since: float) -> Event:
+def exchanged(cluster: Cluster, node: str, since: float, job: str = JOB) -> Event:
     def found(history: list[Event]) -> Event | None:
-        events = events_of(history, "straggler_exchanged", job=JOB)
+        events = events_of(history, "straggler_exchanged", job=job)
         return next((e for e in events if e.t > since and e.details["straggler"] == node), None)
 
     cluster.wait_for(found, 40, f"{node} is exchanged")
-    cluster.wait_for(lambda _: node not in cluster.seated(JOB), 20, f"{node} has no seat")
+    cluster.wait_for(lambda _: node not in cluster.seated(job), 20, f"{node} has no seat")
     event = found(cluster.history())
     assert event is not None
     return event
@@ -86,15 +102,85 @@ def test_a_slow_node_is_exchanged_for_the_spare_and_the_second_time_quarantined(
     cluster.wait_until(lambda: part(cluster, slow) == "", 20, "it has left the job")
     assert "takes jobs again" in cluster.cli("undrain", slow).stdout
     cluster.wait_until(lambda: part(cluster, slow) == JOB, 20, "it is a spare again")
-    assert cluster.cli("cancel", JOB).returncode == 0
-    cluster.wait_for(lambda history: events_of(history, "job_over", job=JOB), 20, "the end")
+    cancel(cluster, JOB)
     no_step_is_lost(read_trained(ledger))
     history = cluster.history()
     assert [e.details["straggler"] for e in events_of(history, "straggler_exchanged")] == [slow, slow]
     assert validators.validate(history) + validators.budget_charged(history, JOB, 0) == []
 
 
+def cancel(cluster: Cluster, job: str) -> None:
+    assert cluster.cli("cancel", job).returncode == 0
+    cluster.wait_until(lambda: {part(cluster, node) for node in NODES} == {""}, 20, "all nodes are idle")
+
+
 def part(cluster: Cluster, node: str) -> str:
     """The job that it is in."""
     nodes = json.loads(cluster.cli("status", "--json").stdout)["nodes"]
     return str(next(one for one in nodes if one["node"] == node)["job"])
+
+
+def test_a_node_with_a_sick_gpu_is_exchanged_at_once_and_quarantined(cluster: Cluster, gpus: FakeGpus | None) -> None:
+    need(why_not_fake_gpus())
+    assert gpus is not None
+    submit(cluster, "gpu", nodes="2", spares=1)
+    cluster.wait_for(lambda _: len(cluster.seated("gpu")) == 2, 30, "a world of two")
+    cluster.wait_until(lambda: all(part(cluster, node) == "gpu" for node in NODES), 20, "a spare")
+    sick = cluster.seated("gpu")[0]
+    gpus.set(0, sick, **HEALTHY, **{**ECC, "ecc_uncorrected": 1})
+    told = exchanged(cluster, sick, 0.0, job="gpu")
+    assert told.details["grounds"] == "gpu"
+    assert "1 uncorrectable ECC errors" in told.details["reason"]
+    assert told.details["quarantine_s"] == 600
+    cluster.wait_step(told.t, world=2)
+    cluster.wait_until(lambda: part(cluster, sick) == "", 20, "it has left the job")
+    gpus.set(0, sick, **HEALTHY, **ECC)  # the card was exchanged, and the driver loaded anew
+    assert cluster.cli("undrain", sick).returncode == 0
+    cluster.wait_until(lambda: part(cluster, sick) == "gpu", 20, "it is a spare again")
+    cancel(cluster, "gpu")
+    assert validators.validate(cluster.history()) + validators.budget_charged(cluster.history(), "gpu", 0) == []
+
+
+def test_a_spare_takes_a_lost_seat_at_once_and_below_the_minimum_the_job_waits(cluster: Cluster) -> None:
+    job, folder = "spares", cluster.folder / "spares"
+    folder.mkdir()
+    cluster.submit(job, [SCRIPT, str(folder)], nodes="2", spares=1)
+    cluster.wait_until(lambda: all(part(cluster, node) == job for node in NODES), 30, "two and a spare")
+    cluster.wait_step(time.monotonic(), world=2)
+    (spare,) = set(NODES) - set(cluster.seated(job))
+    lost, other = cluster.seated(job)
+
+    at = time.monotonic()
+    cluster.kill_node(cluster.index_of(lost))
+    cluster.wait_for(lambda _: set(cluster.seated(job)) == {spare, other}, 8, "the spare has the seat")
+    step = cluster.wait_step(at, world=2)
+    print(f"from the kill to a step with the spare: {step.t - at:.3f} s")
+
+    cluster.kill_node(cluster.index_of(other))  # one is left, of two
+    cluster.wait_for(lambda _: phase(cluster, job) == "waiting", 8, "the job waits")
+    stopped_at = time.monotonic()
+    cluster.start_node(cluster.index_of(other))
+    cluster.wait_for(lambda _: set(cluster.seated(job)) == {spare, other}, 30, "the minimum is met again")
+    first = cluster.wait_step(stopped_at, world=2)
+    assert not [line for line in cluster.trained() if stopped_at + 0.5 < line.t < first.t - 0.5]
+
+    for node in (spare, other):
+        assert cluster.cli("drain", node).returncode == 0  # the second one is the last
+    cluster.wait_for(lambda _: phase(cluster, job) == "waiting", 40, "the job waits")
+    cluster.wait_until(lambda: {part(cluster, node) for node in (spare, other)} == {""}, 20, "both have left")
+    at = time.monotonic()
+    for node in (spare, other):
+        assert cluster.cli("undrain", node).returncode == 0
+    cluster.wait_step(at, world=2)
+    (folder / "finish").touch()
+    cluster.wait_for(lambda history: over(history, job), 20, "the end")
+    history = cluster.history()
+    assert validators.validate(history) + validators.budget_charged(history, job, 0) == []
+
+
+def phase(cluster: Cluster, job: str) -> str:
+    return str(max(rounds_of(cluster.history(), job).items())[1]["phase"])
+
+
+def over(history: list[Event], job: str) -> bool:
+    return [event.details["phase"] for event in events_of(history, "job_over", job=job)] == ["succeeded"] * 2
