@@ -357,7 +357,7 @@ class Machine:
             yield kept
         if due.ask_boundary and task.boundary_asked is None:
             task.boundary_asked = (task.started_round, now)
-            yield messages.RequestBoundary(round_number=task.started_round)
+            yield messages.RequestBoundary(round_number=task.started_round, need=due.need)
             self._wake(now + task.spec.boundary_timeout_s)
         if due.wake_at is not None:
             self._wake(due.wake_at)
