@@ -90,6 +90,9 @@ PROCESS_START = GaugeDefinition("elasticd_process_start_time_seconds", "When the
 LOOP_DELAY = GaugeDefinition("elasticd_loop_delay_seconds", "How long the daemon's loop took to answer this scrape.")
 REGISTERED = GaugeDefinition("elasticd_registered", "1 while this node's key of this life stands in etcd.")
 LEAVING = GaugeDefinition("elasticd_leaving", "1 while this node is drained, or shuts down.")
+GPU_TROUBLE = GaugeDefinition(
+    "elasticd_gpu_trouble", "1 while a GPU of this node is sick; the node takes no job until its daemon starts anew."
+)
 STAGE = GaugeDefinition("elasticd_stage", "1 for the stage that this node is in, 0 for the others.", ("stage",))
 CLUSTER_NODES = GaugeDefinition("elasticd_cluster_nodes", "Nodes registered in etcd, as this node sees it.")
 CLUSTER_JOBS = GaugeDefinition("elasticd_cluster_jobs", "Jobs in etcd by phase, as this node sees it.", ("phase",))
