@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ from elasticd.daemon.memory import MemoryStore
 from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.memory_folder import sweep
 from elasticd.errors import MemoryRefused
+from elasticd.worker.link import DaemonLink
+from elasticd.worker.memory_host import MemoryHost
 
 SEED = int(os.environ.get("ELASTICD_TEST_SEED", "0")) or 20261125
 MIB = 1024**2
@@ -156,6 +159,48 @@ def test_a_daemon_that_is_killed_leaves_nothing(memory: Path, janitor: str) -> N
         (left,) = memory.iterdir()
         assert sweep(memory) == [left]
     eventually(lambda: list(memory.iterdir()) == [], 5)
+
+
+# --- what a daemon answers ---
+
+
+def call_daemon(nodes: MemoryNodes, rank: int) -> tuple[DaemonLink, MemoryHost]:
+    hello = {"type": "worker_hello", "job": JOB, "round": 1, "rank": rank, "local_rank": rank, "pid": os.getpid()}
+    link = DaemonLink(str(nodes.nodes["n0"].socket), hello)
+    return link, MemoryHost(link, "n0", timeout_s=20)
+
+
+def test_a_rank_that_gives_up_keeps_no_other_of_its_node_waiting() -> None:
+    with MemoryNodes("") as nodes, ThreadPoolExecutor(1) as pool:
+        (link, leader), (other_link, other) = (call_daemon(nodes, rank) for rank in (0, 1))
+        leader.begin(generation(1), MIB, 4096)
+        other.begin(generation(1), MIB, 0)
+        waiting = pool.submit(other.seal, generation(1), 0, 0)
+        leader.abandon(generation(1))
+        with pytest.raises(MemoryRefused, match=r"has given it up|was begun"):
+            waiting.result(10)
+        link.close()
+        other_link.close()
+
+
+def test_a_daemon_that_keeps_no_copies_says_so(tmp_path: Path) -> None:
+    with MemoryNodes("") as nodes:
+        nodes.nodes["n0"].local._memory = None
+        link, host = call_daemon(nodes, 0)
+        with pytest.raises(MemoryRefused, match=r"memory\.limit_bytes is 0"):
+            host.inventory()
+        link.close()
+        nodes.nodes["n0"].local._memory = nodes.nodes["n0"].service
+
+
+def test_a_daemon_that_is_gone_is_no_reason_to_wait() -> None:
+    with MemoryNodes("") as nodes:
+        link, host = call_daemon(nodes, 0)
+        assert host.inventory() == []
+        nodes.kill("n0")
+        with pytest.raises(MemoryRefused, match="the daemon is gone"):
+            host.inventory()
+        link.close()
 
 
 # --- ranks and their daemons ---
