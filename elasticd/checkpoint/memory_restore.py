@@ -93,6 +93,7 @@ class MemoryRestore:
     def __init__(self, host: RestoringHost | None, group: dist.ProcessGroup | None) -> None:
         self._host, self._group = host, group
         self._tried: set[tuple[Generation, int]] = set()
+        self._passed_over: set[Generation] = set()
 
     def restore(self, make_state: MakeState, *, at_least: int) -> Restored | None:
         """Collective. The newest generation of ``at_least`` so many steps that can be had; None when there is none.
@@ -108,7 +109,7 @@ class MemoryRestore:
                 return self._load(whole, taken, started)
             if taken is not None:
                 taken.close()
-            self._pass_over(whole.generation.step, "; ".join(sorted(set(problems))[:3]))
+            self._pass_over(whole.generation, "; ".join(sorted(set(problems))[:3]))
         return None
 
     def _candidates(self, at_least: int) -> Iterator[Whole]:
@@ -123,16 +124,18 @@ class MemoryRestore:
         whole, torn = find_whole(sorted(unique, key=lambda one: (one.generation, one.node_id)))
         for one in torn:
             if one.generation.step >= at_least:
-                self._pass_over(one.generation.step, one.reason)
+                self._pass_over(one.generation, one.reason)
         for candidate in whole:
             key = (candidate.generation, candidate.seal)
             if candidate.generation.step >= at_least and key not in self._tried:
                 self._tried.add(key)
                 yield candidate
 
-    def _pass_over(self, step: int, reason: str) -> None:
-        if self._group is None or dist.get_rank(self._group) == 0:
-            log.warning("elasticd: the copy of step %d in RAM is passed over: %s", step, reason)
+    def _pass_over(self, generation: Generation, reason: str) -> None:
+        """Said once: what was found damaged may be torn when it is looked at again."""
+        if generation not in self._passed_over and (self._group is None or dist.get_rank(self._group) == 0):
+            log.warning("elasticd: the copy of step %d in RAM is passed over: %s", generation.step, reason)
+        self._passed_over.add(generation)
 
     def _take(self, whole: Whole, make_state: MakeState) -> tuple[_Taken | None, str]:
         """What this rank needs of it, checked; or why it cannot be had."""
