@@ -393,7 +393,7 @@ def test_ranks_killed_at_any_moment_of_a_copy_lose_fewer_steps_than_asked_for_an
         assert end == pytest.approx(expected(done + 1), rel=1e-6)
 
 
-@pytest.mark.parametrize(("need", "on_disk"), [(Need.COPY, False), (Need.BUDDY, False), (Need.DISK, True)])
+@pytest.mark.parametrize(("need", "on_disk"), [(Need.BUDDY, False), (Need.DISK, True)])
 def test_a_stop_saves_at_its_step_where_the_memory_outlives_it_and_on_disk_where_it_may_not(
     need: Need, on_disk: bool, tmp_path: Path
 ) -> None:
