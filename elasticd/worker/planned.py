@@ -10,6 +10,7 @@ Not here: the step that they belong to (step.py), how each of these is done (loa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from elasticd.core.plan import positions
+from elasticd.errors import ConfigError
 from elasticd.worker.clock import MicroBatchClock
 from elasticd.worker.data import Cursor, sample_ids
 from elasticd.worker.exact import ExactGradients
@@ -30,6 +32,7 @@ from elasticd.worker.stream import Stream
 
 if TYPE_CHECKING:
     from elasticd.worker.pipeline import Pipeline  # it takes as long to import as all the rest of torch.distributed
+log = logging.getLogger(__name__)
 
 
 class PlannedSteps:
@@ -52,6 +55,7 @@ class PlannedSteps:
         self._gradients: Gradients | None = None
         self._source: Source | None = None
         self._loader: DirectLoader | PrefetchingLoader | None = None
+        self._agreed = False
         self._stream: Stream | None = None
         self._saved_stream: Mapping[str, Any] | None = None
         self._anchor = (0, Cursor())
@@ -87,13 +91,21 @@ class PlannedSteps:
     def decide(self, step: int, told: list[int]) -> None:
         self._shares.decide(step, told)
 
-    def resume_stream(self, saved: Mapping[str, Any] | None) -> None:
-        """What ``stream_state`` gave for the step that comes now."""
-        self._stream, self._saved_stream = None, saved
+    def state(self, step: int) -> dict[str, Any]:
+        """For a checkpoint of so many completed steps: what a step is, and where the stream stands, if there is one."""
+        stream = self._saved_stream if self._stream is None else self._stream.state(step)
+        return {"micro_batches": self.micro_batches, "stream": stream}
 
-    def stream_state(self, step: int) -> Mapping[str, Any] | None:
-        """For a checkpoint of so many completed steps; None where no stream is read."""
-        return self._saved_stream if self._stream is None else self._stream.state(step)
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what ``state`` gave, among other things, for the step that comes now."""
+        self._stream, self._saved_stream = None, saved.get("stream")
+        then = saved.get("micro_batches")
+        if then not in (None, self.micro_batches) and dist.get_rank() == 0:
+            log.warning(
+                "elasticd: steps had %d micro-batches so far, and %d from here on: the batch is another, and the curve",
+                then,
+                self.micro_batches,
+            )
 
     def close(self) -> None:
         """Workers that load ahead end."""
@@ -179,6 +191,8 @@ class PlannedSteps:
 
     def _loader_of(self, source: Source, step: int, cursor: Cursor) -> DirectLoader | PrefetchingLoader | Stream:
         """The one that is in use, as long as the data set is the same and the cursor where it was expected."""
+        if not self._agreed:
+            self._agree_on_length(source.length)
         if source.length is None or self._stream is not None:
             return self._stream_of(source, step)
         known = self._source is not None and self._source.is_like(source)
@@ -187,6 +201,19 @@ class PlannedSteps:
             self._last_ids = (-1, -1), []
             self._loader = make_loader(source, self._ids_of)
         return self._loader
+
+    def _agree_on_length(self, length: int | None) -> None:
+        """Collective, once: who is used to divide the data among ranks will have done so before."""
+        if self._group is not None:
+            said = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+            said[dist.get_rank()] = -1 if length is None else length
+            dist.all_reduce(said, group=self._group)
+            if len(set(lengths := said.tolist())) > 1:
+                raise ConfigError(
+                    f"the ranks' data sets have {lengths} samples (-1: a stream): give each rank the whole data set, "
+                    "without a DistributedSampler or a part of its own; the step divides it"
+                )
+        self._agreed = True
 
     def _stream_of(self, source: Source, step: int) -> Stream:
         if self._stream is None:
@@ -241,9 +268,11 @@ class StepWork:
             self.sample_ids += ids
 
     def backward(self, loss: torch.Tensor) -> None:
-        """RuntimeError outside of the loop, or a second time; ValueError when the loss is not one number."""
+        """RuntimeError outside of the loop, or a second time; ValueError for what is no loss of the model."""
         if self._open is None:
             raise RuntimeError("call step.backward(loss) once for each micro-batch, in the loop over them")
+        if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            raise ValueError("a loss that no parameter has part in: give step.backward what the model made, undetached")
         if loss.numel() != 1:
             raise ValueError(f"a loss of shape {tuple(loss.shape)}: give step.backward the mean over the micro-batch")
         if isinstance(loss, DTensor):
