@@ -23,6 +23,8 @@ FORMAT = 2
 #: From this version on data files end in an index of their blocks.
 FORMAT_WITH_BLOCKS = 2
 MANIFEST_NAME = "manifest.json"
+#: Where a round began, in manifests of elasticd that did not write it down.
+UNKNOWN_STEP = -1
 #: DCP's own index of the tensors, a pickle: it must be among the files, so that it is checked before it is read.
 METADATA_NAME = ".metadata"
 
@@ -46,7 +48,10 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that a restore must know before it opens a file of the checkpoint."""
+    """Everything that a restore must know before it opens a file of the checkpoint.
+
+    ``began_at_step``: the completed steps from which the round that wrote it went on (lineage.py says what for).
+    """
 
     format: int = FORMAT
     step: int
@@ -56,6 +61,7 @@ class Manifest:
     torch_version: str
     saved_at_unix_s: float
     files: tuple[FileEntry, ...]
+    began_at_step: int = UNKNOWN_STEP
 
     @property
     def size_bytes(self) -> int:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from elasticd.checkpoint import storage
+from elasticd.checkpoint.lineage import in_order, late_ones
 from elasticd.checkpoint.manifest import (
     FORMAT_WITH_BLOCKS,
     METADATA_NAME,
@@ -211,14 +212,26 @@ def _broadcast(numbers: list[int], group: dist.ProcessGroup | None) -> list[int]
 
 
 def _candidates(directory: Path, passed_over: list[PassedOver]) -> Iterator[Found]:
-    """Those whose manifest, sizes and metadata are right, newest first; the others are noted as passed over."""
+    """Those whose manifest, sizes and metadata are right, newest first; the others are noted as passed over.
+
+    Late ones (lineage.py) come last.
+    """
+    manifests = []
     for step in storage.complete_steps(directory):
-        path = directory / complete_name(step)
         try:
-            manifest = storage.read_manifest(path)
-            _check_outline(path, manifest)
+            manifests.append(storage.read_manifest(directory / complete_name(step)))
         except CheckpointInvalid as error:
             passed_over.append(PassedOver(step=step, reason=str(error)))
+    passed_over += [
+        PassedOver(step=one.step, reason=f"round {one.round_number} was over when it was published")
+        for one in late_ones(manifests)
+    ]
+    for manifest in in_order(manifests):
+        path = directory / complete_name(manifest.step)
+        try:
+            _check_outline(path, manifest)
+        except CheckpointInvalid as error:
+            passed_over.append(PassedOver(step=manifest.step, reason=str(error)))
         else:
             yield Found(path=path, manifest=manifest)
 

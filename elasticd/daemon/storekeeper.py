@@ -94,6 +94,10 @@ class StoreKeeper:
         """A record of commit under a guard; retried until the store answers. ``answer`` is called from a thread."""
         self._writes.put(lambda: self._commit(key, value, guard, answer))
 
+    def confirm(self, guard: Compare, answer: Callable[[bool | None, str], None]) -> None:
+        """Whether a guard holds now; None when the store gives no answer. ``answer`` is called from a thread."""
+        self._writes.put(lambda: self._confirm(guard, answer))
+
     def close(self) -> None:
         """Gives the lease back, so that the others need not wait for it."""
         self._closing.set()
@@ -281,6 +285,15 @@ class StoreKeeper:
                 continue
             answer(done, "" if done else "a newer round stands")
             return
+
+    def _confirm(self, guard: Compare, answer: Callable[[bool | None, str], None]) -> None:
+        try:
+            holds = self._store.txn([guard], []).succeeded
+        except StoreUnavailable:
+            self._seen_down()
+            answer(None, "etcd gives no answer")
+        else:
+            answer(holds, "" if holds else "a newer round stands")
 
     def _read_back(self, key: str) -> str | None:
         """Whether an unanswered transaction happened after all; waits until the store can tell."""
