@@ -203,6 +203,7 @@ class Session:
 
     @property
     def local_rank(self) -> int:
+        """Of this process among those of its node, from 0: the GPU that it has, unless ``device`` says another."""
         return self._place.local_rank
 
     @property
@@ -212,6 +213,7 @@ class Session:
 
     @property
     def seed(self) -> int:
+        """What the session was given; 0 without one, for the order of samples alone."""
         return self._seed
 
     @property

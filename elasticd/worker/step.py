@@ -167,11 +167,18 @@ class Step:
         return planned, self._work
 
     def backward(self, loss: torch.Tensor) -> None:
-        """The backward pass of one micro-batch, from the mean loss over its samples, weighted for the step's mean."""
+        """The backward pass of one micro-batch, from the mean loss over its samples, weighted for the step's mean.
+
+        ``loss``: one number, with its graph. RuntimeError outside of the loop or a second time, ValueError for another
+        loss.
+        """
         self._begun_work().backward(loss)
 
     def mean_loss(self) -> float:
-        """Collective, after the loop: the mean over all micro-batches of all ranks, the same number on each of them."""
+        """Collective, after the loop: the mean over all micro-batches of all ranks, the same number on each of them.
+
+        RuntimeError before the loop has ended.
+        """
         return self._begun_work().mean_loss()
 
     @property
@@ -228,7 +235,11 @@ class Step:
         return self._loss_scale
 
     def report(self, *, loss: float | torch.Tensor | None = None, samples: int | None = None, **metrics: float) -> None:
-        """Figures of this step for the daemon's metrics. ``samples``: those of this rank, known from batch_indices."""
+        """Figures of this step, for the daemon's metrics and ``session.progress``: each one number, or a tensor of one.
+
+        ``samples``: those of this rank, where neither micro_batches nor batch_indices has said it. ValueError for what
+        is no number.
+        """
         if loss is not None:
             self.metrics["loss"] = float(loss)
         if samples is not None:
