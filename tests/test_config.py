@@ -14,6 +14,7 @@ from elasticd.config import (
     DetectionConfig,
     EtcdConfig,
     LinksConfig,
+    MemoryConfig,
     MetricsConfig,
     checked,
     config_for_run,
@@ -84,6 +85,10 @@ def test_everything_that_can_be_said(file: Path) -> None:
         heartbeat_s = 0.2
         dead_after_s = 1
         lease_ttl_s = 9
+        [memory]
+        limit_bytes = 5
+        folder = "/tmp"
+        port = 7001
         """,
     )
     etcd = EtcdConfig(
@@ -107,6 +112,7 @@ def test_everything_that_can_be_said(file: Path) -> None:
         links=LinksConfig(ca="/lca", cert="/lcert", key="/lkey"),
         metrics=MetricsConfig(address="10.0.0.2", port=0, tls_cert="/mcert", tls_key="/mkey"),
         detection=DetectionConfig(heartbeat_s=0.2, dead_after_s=1.0, lease_ttl_s=9),
+        memory=MemoryConfig(limit_bytes=5, folder="/tmp", port=7001),
     )
     assert load_etcd(str(file)) == etcd
     assert load_etcd(str(file), " http://c:1 ,").endpoints == ("http://c:1",)
@@ -168,6 +174,8 @@ WRONG_FOR_A_DAEMON = [
     (ETCD + "[detection]\nheartbeat_s = 0", "detection.heartbeat_s: input should be greater than 0"),
     (ETCD + "[detection]\nheartbeat_s = 0.3", "detection.dead_after_s must be at least twice detection.heartbeat_s"),
     (ETCD + "[detection]\nlease_ttl_s = 1", "detection.lease_ttl_s: input should be greater than or equal to 2"),
+    (ETCD + "[memory]\nlimit_bytes = -1", "memory.limit_bytes: input should be greater than or equal to 0"),
+    (ETCD + '[memory]\nfolder = "/no/such"', "memory.folder /no/such: no such folder; name one on tmpfs"),
     (ETCD + "[detection]\nlease_ttl_s = 5.5", "detection.lease_ttl_s: input should be a valid integer"),
     ("[etcd", "not TOML"),
     ("a = 1\na = 2", "not TOML"),
@@ -257,7 +265,7 @@ def test_certificates_of_links_are_loaded_or_refused_by_field(tmp_path: Path) ->
 def test_a_node_of_one_run_shares_a_machine_with_others() -> None:
     one, two = (config_for_run(("http://127.0.0.1:1",), run_dir=f"/tmp/{n}") for n in "ab")
     assert one.node_id != two.node_id
-    assert (one.peer_port, one.metrics.port, one.links.insecure) == (0, 0, True)
+    assert (one.peer_port, one.metrics.port, one.memory.port, one.links.insecure) == (0, 0, 0, True)
     base = DaemonConfig(node_id="n", address="10.0.0.1", links=LinksConfig(ca="/a", cert="/b", key="/c"))
     of_base = config_for_run(("http://127.0.0.1:1",), run_dir="/tmp/c", base=base)
     assert of_base.links == base.links  # a file that demands certificates is not weakened

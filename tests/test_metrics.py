@@ -637,6 +637,10 @@ def test_gpus_are_read_and_a_lost_one_stops_nothing(fake_gpus: FakeGpus) -> None
         assert (first["utilization"], first["power_watts"], first["temperature_celsius"]) == (0.87, 350.0, 61)
         assert (first["ecc_corrected"], first["ecc_uncorrected"]) == (3, 0)
         assert (second["memory_used_bytes"], second["ecc_corrected"]) == (5 << 30, None)
+        for xid in (13, 79):  # a program's fault, and the hardware's
+            fake_gpus.set(1, **HEALTHY, xid=xid)
+            samples()
+        assert [each["xids"] for each in samples()] == [[], [13, 79]]
         fake_gpus.set(1, lost=1)
         first, second = samples()
         assert first["up"]
@@ -663,6 +667,8 @@ def sample(index: int = 0, **answered: object) -> GpuSample:
         ({"ecc_uncorrected": None, "remap_failed": None}, ""),  # not supported
         ({"remap_failed": True}, "GPU 1 (GPU-1): row remapping has failed"),
         ({"temperature_celsius": 95.0}, ""),
+        ({"xids": (13, 31, 79)}, "GPU 1 (GPU-1): XID 79, GPU has fallen off the bus"),
+        ({"xids": (13, 31)}, ""),
     ],
 )
 def test_what_makes_a_gpu_sick(later: dict[str, object], trouble: str) -> None:

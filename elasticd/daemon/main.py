@@ -28,6 +28,7 @@ from elasticd.core.machine import Settings
 from elasticd.core.model import BootId, Capacity, JobSpec, Node, NodeId, Phase
 from elasticd.core.stragglers import Policy
 from elasticd.daemon.launcher import LauncherSettings, WarmLauncher
+from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.node import NodeLoop, Observer, Setup, world_log
 from elasticd.daemon.notify import notify, watchdog_interval_s
 from elasticd.daemon.storekeeper import wait_until_reachable
@@ -113,7 +114,17 @@ def make_setup(config: DaemonConfig, node: Node, spec: JobSpec | None) -> Setup:
         ),
         socket_path=Path(config.run_dir) / f"{config.node_id}.sock",
         history_file=config.history_file,
+        memory=_memory_settings(config, node.capacity),
     )
+
+
+def _memory_settings(config: DaemonConfig, capacity: Capacity) -> MemorySettings | None:
+    """None when this node is to keep no copies in RAM."""
+    asked = config.memory
+    limit_bytes = capacity.memory_bytes // 4 if asked.limit_bytes is None else asked.limit_bytes
+    if not limit_bytes:
+        return None
+    return MemorySettings(folder=asked.folder, limit_bytes=limit_bytes, port=asked.port)
 
 
 def _policy(config: DaemonConfig) -> Policy:

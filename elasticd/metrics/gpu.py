@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 
 from elasticd.core.model import Gpu
 from elasticd.metrics import definitions
+from elasticd.metrics.gpu_xid import XidEvents
 
 FIRST_TIMEOUT_S = 10.0
 FRESH_TIMEOUT_S = 0.5
@@ -35,6 +36,7 @@ class GpuSample:
     ecc_corrected: int | None = None
     ecc_uncorrected: int | None = None
     remap_failed: bool | None = None
+    xids: tuple[int, ...] = ()
 
 
 class Gpus:
@@ -77,10 +79,13 @@ class Gpus:
     def _run(self) -> None:
         nvml = _open_nvml()
         known: dict[int, Gpu] = {}
+        events = XidEvents(nvml) if nvml is not None else None
         while nvml is not None and not self._closing:
             self._wanted.wait()
             self._wanted.clear()
-            self._samples = tuple(_sample(nvml, index, known) for index in range(_count(nvml, known)))
+            assert events is not None
+            events.collect()
+            self._samples = tuple(_sample(nvml, index, known, events) for index in range(_count(nvml, known)))
             self._sampled_at = time.monotonic()
             self._fresh.set()
         self._fresh.set()  # nothing more will come: nobody need wait
@@ -106,7 +111,7 @@ def _count(nvml: Any, known: dict[int, Gpu]) -> int:
     return len(known)
 
 
-def _sample(nvml: Any, index: int, known: dict[int, Gpu]) -> GpuSample:
+def _sample(nvml: Any, index: int, known: dict[int, Gpu], events: XidEvents) -> GpuSample:
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
@@ -114,7 +119,9 @@ def _sample(nvml: Any, index: int, known: dict[int, Gpu]) -> GpuSample:
             name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
             known[index] = Gpu(index=index, name=str(name), uuid=str(uuid), memory_bytes=int(memory.total))
     except nvml.NVMLError:
-        return GpuSample(gpu=known.get(index, Gpu(index=index, name="", uuid="", memory_bytes=0)))
+        unknown = Gpu(index=index, name="", uuid="", memory_bytes=0)
+        return GpuSample(gpu=known.get(index, unknown), xids=events.seen(index))
+    events.watch(index, handle)
 
     def ask(read: Callable[[], float]) -> float | None:
         with contextlib.suppress(nvml.NVMLError):
@@ -136,6 +143,7 @@ def _sample(nvml: Any, index: int, known: dict[int, Gpu]) -> GpuSample:
         ecc_corrected=ecc(nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED),
         ecc_uncorrected=ecc(nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED),
         remap_failed=None if remap_failed is None else bool(remap_failed),
+        xids=events.seen(index),
     )
 
 
