@@ -131,8 +131,10 @@ class Session:
         layout: Layout | None = None,
     ) -> None:
         _show_operator_errors_as_one_line()
-        if min(save_every_steps, memory_every_steps) < 0 or (isinstance(keep, int) and keep < 1):
-            raise ConfigError("save_every_steps and memory_every_steps must not be negative, and keep at least 1")
+        if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
+            raise ConfigError("save_every_steps must not be negative, and keep must be at least 1")
+        if memory_every_steps < 0:
+            raise ConfigError("memory_every_steps must not be negative")
         if seed is not None and type(seed) is not int:
             raise ConfigError(f"seed is {seed!r}: say a whole number")
         work = make_work(micro_batches, at_most=max_micro_batches, balance=balance, exact=exact)
