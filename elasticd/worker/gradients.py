@@ -50,6 +50,7 @@ class MeanGradients:
     def __init__(self, registered: Registered, *, micro_batches: int, world_size: int) -> None:
         self._zero = registered.optimizer or trained(registered)
         self._scale = world_size / micro_batches
+        self._weights: dict[tuple[float, torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
         self._whole = False
         self._replicas, self._shards = replicas(registered), shards(registered)
         if world_size > 1:
@@ -71,10 +72,17 @@ class MeanGradients:
                 module.set_reshard_after_backward(last, recurse=False)
 
     def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
-        (loss * (self._scale if counts else 0.0)).backward()  # type: ignore[no-untyped-call]
+        loss.backward(self._weight(loss, self._scale if counts else 0.0))  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
         pass
+
+    def _weight(self, loss: torch.Tensor, value: float) -> torch.Tensor:
+        """As the gradient of the loss: to multiply the loss would be two more operations a micro-batch."""
+        key = (value, loss.shape, loss.dtype, loss.device)
+        if key not in self._weights:
+            self._weights[key] = torch.full_like(loss, value)
+        return self._weights[key]
 
     def _check_layout(self, model: torch.nn.Module, world_size: int) -> None:
         """Every rank is to compute micro-batches of its own, and gradients are to be averaged over all of them."""

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elasticd.core.plan import positions
 from elasticd.worker.clock import MicroBatchClock
-from elasticd.worker.data import Cursor, sample_ids
+from elasticd.worker.data import Cursor
 from elasticd.worker.exact import ExactGradients
 from elasticd.worker.gradients import Gradients, MeanGradients, shards, trained
-from elasticd.worker.loading import DirectLoader, Key, PrefetchingLoader, Source, make_loader, to_device
+from elasticd.worker.loading import Loader, Source, make_loader, to_device
+from elasticd.worker.losses import StepLosses
+from elasticd.worker.order import SampleOrder
 from elasticd.worker.shares import CurrentShares, Work, as_told
 from elasticd.worker.state import Registered, derive_seed
 
@@ -36,15 +37,15 @@ class PlannedSteps:
         seed: int | None,
         tell: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        self._work, self._group, self._device, self._seed = work, group, device, seed
+        self._work, self._device, self._seed = work, device, seed
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._shares = CurrentShares(work, group, tell)
         self._clock = MicroBatchClock(device)
+        self._losses = StepLosses(work.micro_batches, group, device)
         self._gradients: Gradients | None = None
         self._source: Source | None = None
-        self._loader: DirectLoader | PrefetchingLoader | None = None
-        self._anchor = (0, Cursor())
-        self._last_ids: tuple[Key, list[int]] = (-1, -1), []
+        self._loader: Loader | None = None
+        self._order: SampleOrder | None = None
 
     @property
     def micro_batches(self) -> int:
@@ -56,11 +57,14 @@ class PlannedSteps:
 
     # What the session does between steps.
 
-    def use(self, registered: Registered) -> None:
-        """The model whose gradients are meant. ConfigError when they could not be averaged as asked for."""
+    def use(self, registered: Registered, on_gradients: Callable[[], None]) -> None:
+        """The model whose gradients are meant. ConfigError when they could not be averaged as asked for.
+
+        ``on_gradients`` is called, where that can be seen, when this rank has computed all gradients of a step.
+        """
         make = ExactGradients if self._work.exact else MeanGradients
         self._gradients = make(registered, micro_batches=self.micro_batches, world_size=self._world_size)
-        self._clock.watch(trained(registered))
+        self._clock.watch(trained(registered), on_gradients)
         if self._work.balance == "auto":
             self._shares.balanced = not shards(registered)
 
@@ -79,40 +83,37 @@ class PlannedSteps:
 
     def run(self, step: int, cursor: Cursor, source: Source, begun: StepWork) -> Iterator[Any]:
         """This rank's micro-batches, one at a time, each to be followed by ``begun.backward``."""
-        gradients = self._known_gradients()
+        gradients, clock = self._known_gradients(), self._clock
         owned = self._shares.plan.owned[self._rank]
         todo = owned or (0,)  # a stand-in: as finite as the step is
-        loader = self._loader_of(source, step, cursor)
+        order, loader = self._order_of(source, step, cursor)
+        order.begin(step, todo)
         loader.begin(step, todo)
+        self._losses.begin()
         gradients.clear(unequal=len(set(self.shares)) > 1)
-        for number, micro_batch in enumerate(todo, start=1):
-            last = number == len(todo)
-            self._clock.begin()
-            batch = to_device(loader.take((step, micro_batch)), self._device)
+        clock.begin(len(todo))
+        for micro_batch in todo:
+            last = micro_batch == todo[-1]
+            if last:
+                clock.begin_last()
+            batch = loader.take((step, micro_batch))
+            if self._device.type != "cpu":
+                batch = to_device(batch, self._device)
             self._seed_for(step, micro_batch)
             gradients.before(last=last)
-            begun.open(micro_batch, self._ids_of((step, micro_batch)), counts=bool(owned))
+            begun.open(micro_batch, order.ids_of((step, micro_batch)), counts=bool(owned), last=last)
             yield batch
             begun.check_closed()
-            if last and number == 1:
-                self._clock.end_only()
-            else:
-                self._clock.end(waited=last and not self._work.exact)
+        clock.end(waited=not self._work.exact)
         gradients.finish()
         begun.done = True
 
     def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
         self._known_gradients().backward(loss, counts=counts)
 
-    def mean(self, losses: Mapping[int, torch.Tensor]) -> float:
-        """Collective: over the losses of all micro-batches, added up in their order on every world."""
-        every = torch.zeros(self.micro_batches, dtype=torch.float64)
-        for micro_batch, loss in losses.items():
-            every[micro_batch] = float(loss)
-        if self._group is not None:
-            dist.all_reduce(every, group=self._group)
-        total: float = sum(every.tolist())
-        return total / self.micro_batches
+    @property
+    def losses(self) -> StepLosses:
+        return self._losses
 
     def _known_gradients(self) -> Gradients:
         if self._gradients is None:
@@ -121,29 +122,21 @@ class PlannedSteps:
             )
         return self._gradients
 
-    def _loader_of(self, source: Source, step: int, cursor: Cursor) -> DirectLoader | PrefetchingLoader:
-        """The one that is in use, as long as the data set is the same and the cursor where it was expected."""
+    def _order_of(self, source: Source, step: int, cursor: Cursor) -> tuple[SampleOrder, Loader]:
+        """Those that are in use, as long as the data set is the same and the cursor where it was expected."""
         known = self._source is not None and self._source.is_like(source)
-        if self._loader is None or not known or self._cursor_at(step) != cursor:
-            self._source, self._anchor = source, (step, cursor)
-            self._last_ids = (-1, -1), []
-            self._loader = make_loader(source, self._ids_of)
-        return self._loader
-
-    def _cursor_at(self, step: int) -> Cursor:
-        assert self._source is not None
-        first, cursor = self._anchor
-        samples = (step - first) * self.micro_batches * self._source.size
-        return cursor.advanced(samples, self._source.length)
-
-    def _ids_of(self, key: Key) -> list[int]:
-        assert self._source is not None
-        step, micro_batch = key
-        if self._last_ids[0] != key:  # asked for twice in a row: to load them, and to record them
-            where = positions(micro_batch, self._source.size)
-            length, seed = self._source.length, self._seed or 0
-            self._last_ids = key, sample_ids(self._cursor_at(step), where, size=length, seed=seed)
-        return self._last_ids[1]
+        if self._loader is None or self._order is None or not known or self._order.cursor_at(step) != cursor:
+            self._source = source
+            self._order = SampleOrder(
+                step,
+                cursor,
+                micro_batches=self.micro_batches,
+                size=source.size,
+                length=source.length,
+                seed=self._seed or 0,
+            )
+            self._loader = make_loader(source, self._order.ids_of)
+        return self._order, self._loader
 
     def _seed_for(self, step: int, micro_batch: int) -> None:
         """torch.manual_seed would take 0.1 ms, for devices that are not in use."""
@@ -161,13 +154,14 @@ class StepWork:
     def __init__(self, planned: PlannedSteps) -> None:
         self._planned = planned
         self._open: int | None = None
-        self._counts = True
+        self._counts, self._last = True, False
         self.done = False
         self.sample_ids: list[int] = []
         self._losses: dict[int, torch.Tensor] = {}
 
-    def open(self, micro_batch: int, ids: list[int], *, counts: bool) -> None:
-        self._open, self._counts = micro_batch, counts
+    def open(self, micro_batch: int, ids: list[int], *, counts: bool, last: bool) -> None:
+        """``last``: of this rank's in the step."""
+        self._open, self._counts, self._last = micro_batch, counts, last
         if counts:
             self.sample_ids += ids
 
@@ -180,6 +174,8 @@ class StepWork:
         if self._counts:
             self._losses[self._open] = loss.detach()
         self._open = None
+        if self._last:
+            self._planned.losses.complete_here(self._losses)
         self._planned.backward(loss, counts=self._counts)
 
     def check_closed(self) -> None:
@@ -194,4 +190,4 @@ class StepWork:
 
     def mean_loss(self) -> float:
         self.check_done()
-        return self._planned.mean(self._losses)
+        return self._planned.losses.mean(self._losses)

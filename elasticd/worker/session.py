@@ -51,7 +51,6 @@ from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
 from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed
 from elasticd.torch_defects import keep_destroyed_groups
-from elasticd.worker.clock import reached_last
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
 from elasticd.worker.link import DaemonLink, StepReport
@@ -181,11 +180,9 @@ class Session:
             raise ValueError("an optimizer is saved by the names of its model's parameters: register the model too")
         self._registered = Registered(model=model, optimizer=optimizer, extra=dict(extra or {}))
         if model is not None and optimizer is not None and self.device.type == "cpu":
-            # A hook costs microseconds for each parameter and micro-batch: of many passes a step, one hook is enough.
-            watched = model.parameters() if self.planned is None else reached_last(model)
-            self._waiting.attach(watched, optimizer)
+            self._waiting.attach(model.parameters() if self.planned is None else (), optimizer)
         if model is not None and self.planned is not None:
-            self.planned.use(self._registered)
+            self.planned.use(self._registered, on_gradients=self._waiting.gradients_came)
 
     def restore(self, *, start_from: str | os.PathLike[str] | None = None) -> int:
         """Collective. Take up the newest checkpoint that verifies; the number of completed steps (0: a fresh start).
