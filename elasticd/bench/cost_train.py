@@ -98,6 +98,7 @@ WAYS: dict[str, Callable[[Shape, int], Loop]] = {
     "plain": by_plain_ddp,
     "session": by_session,
     "no-loss": lambda shape, micro_batches: by_session(shape, micro_batches, loss=False),
+    "equal": lambda shape, micro_batches: by_session(shape, micro_batches, loss=False, balance="off"),
     "exact": lambda shape, micro_batches: by_session(shape, micro_batches, exact=True),
 }
 
@@ -116,11 +117,12 @@ def in_turns(loops: dict[str, Loop], blocks: int, block: int, ledger: TextIO) ->
             next(loop)
     for turn in range(blocks):
         for way in sorted(loops, reverse=bool(turn % 2)):
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             for _ in range(block):
                 next(loops[way])
+            seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
             if dist.get_rank() == 0:
-                line = {"turn": turn, "way": way, "seconds": (time.perf_counter() - started) / block}
+                line = {"turn": turn, "way": way, "seconds": seconds / block, "cpu_s": cpu_s / block}
                 ledger.write(json.dumps(line) + "\n")
 
 
