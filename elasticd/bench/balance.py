@@ -30,8 +30,13 @@ from elasticd.testing.hosts import Host, Hosts, open_hosts
 SCRIPT = Path(elasticd.bench.__file__).with_name("balance_train.py")
 PLAIN = "plain DDP"
 FAST, SLOW = 1.0, 0.5
+#: Shares of 16 and 8 are as 2 to 1: nothing is lost by shares being whole numbers.
 MICRO_BATCHES = 24
 STEPS, QUICK_STEPS = 20, 8
+#: Of the slow node's quota. A node that has used its quota up when gradients are to be exchanged holds all others up
+#: until the next period: half of the kernel's usual 0.1 s would be 5 % of a step here, and that is the quota's, not
+#: the slow processor's that it stands for.
+PERIOD_S = 0.01
 #: Done before a node is slowed down, and left out of the speed afterwards, whatever happens in them.
 BEFORE, SETTLING = 6, 12
 #: One node alone settles at once.
@@ -135,7 +140,7 @@ def _run_on(hosts: Hosts, folder: Path, way: str, fractions: Sequence[float], st
             lines += tail.read([ledger])
         for node, fraction in zip(nodes, fractions, strict=True):
             if fraction < 1:
-                node.slow(fraction)
+                node.slow(fraction, PERIOD_S)
         slowed_at = time.monotonic()
         for process in processes:
             process.wait(max(0.0, deadline - time.monotonic()))

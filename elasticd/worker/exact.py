@@ -19,7 +19,8 @@ infinities, which raise here. Sharded models are refused: FSDP2 adds up in its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import frexp
 
 import torch
 import torch.distributed as dist
@@ -76,13 +77,17 @@ class ExactGradients:
         exponents = [exponent_for(magnitude, self._micro_batches) for magnitude in magnitudes]
         present = [index for index, magnitude in enumerate(magnitudes) if magnitude != _ABSENT]
         for bucket in self._buckets(present):
-            summed = torch.cat([self._summed(index, exponents[index]) for index in bucket])
+            sizes = [self._named[index][1].numel() for index in bucket]
+            summed = torch.zeros(sum(sizes), dtype=torch.int64, device=self._named[bucket[0]][1].device)
+            parts = list(zip(bucket, torch.split(summed, sizes), strict=True))
+            for index, part in parts:
+                add_fixed(part, [each.reshape(-1) for each in self._kept[index]], exponents[index])
+                self._kept[index] = []
             if self._world_size > 1:
                 dist.all_reduce(summed)
-            sizes = [self._named[index][1].numel() for index in bucket]
-            for index, part in zip(bucket, torch.split(summed, sizes), strict=True):
+            for index, part in parts:
                 parameter = self._named[index][1]
-                mean = from_fixed(part, exponents[index]) / self._micro_batches
+                mean = from_fixed(part, exponents[index]).div_(self._micro_batches)
                 parameter.grad = mean.to(parameter.dtype).view_as(parameter)
         self._kept = []
 
@@ -96,9 +101,8 @@ class ExactGradients:
             return []
         device = self._named[0][1].device
         absent = torch.tensor(_ABSENT, dtype=torch.float64, device=device)
-        largest = torch.stack(
-            [torch.stack([_magnitude(g) for g in kept]).max() if kept else absent for kept in self._kept]
-        )
+        largest = torch.stack([_magnitude(kept) if kept else absent for kept in self._kept])
+        largest = torch.where(torch.isfinite(largest), largest, float("inf"))  # a maximum over ranks may lose a NaN
         if self._world_size > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         found: list[float] = largest.tolist()
@@ -108,14 +112,6 @@ class ExactGradients:
         bad = [name for (name, _), magnitude in zip(self._named, magnitudes, strict=True) if magnitude == float("inf")]
         if bad:
             raise NotFinite(f"the gradient of {bad[0]} ({len(bad)} parameters in all) is infinite or not a number")
-
-    def _summed(self, index: int, exponent: int) -> torch.Tensor:
-        parameter = self._named[index][1]
-        total = torch.zeros(parameter.numel(), dtype=torch.int64, device=parameter.device)
-        for gradient in self._kept[index]:
-            total += to_fixed(gradient.reshape(-1), exponent)
-        self._kept[index] = []
-        return total
 
     def _buckets(self, indices: list[int]) -> Iterator[list[int]]:
         bucket: list[int] = []
@@ -134,20 +130,26 @@ def exponent_for(magnitude: float, count: int) -> int:
     """The power of two by which ``count`` values, none larger than ``magnitude``, are multiplied to be summed."""
     if magnitude <= 0:
         return 0
-    above = int(torch.frexp(torch.tensor(magnitude, dtype=torch.float64)).exponent.item())  # magnitude < 2**above
+    _, above = frexp(magnitude)  # magnitude < 2**above
     return min(MAX_EXPONENT, SUM_BITS - (count - 1).bit_length() - above)
 
 
 def to_fixed(values: torch.Tensor, exponent: int) -> torch.Tensor:
-    return (values.double() * 2.0**exponent).round().to(torch.int64)
+    return values.double().mul_(2.0**exponent).round_().to(torch.int64)
 
 
 def from_fixed(values: torch.Tensor, exponent: int) -> torch.Tensor:
-    return values.double() * 2.0**-exponent
+    return values.double().mul_(2.0**-exponent)
 
 
-def _magnitude(gradient: torch.Tensor) -> torch.Tensor:
-    if gradient.numel() == 0:
-        return torch.zeros((), dtype=torch.float64, device=gradient.device)
-    largest = torch.linalg.vector_norm(gradient, ord=float("inf")).double()
-    return torch.where(torch.isfinite(largest), largest, float("inf"))
+def add_fixed(total: torch.Tensor, values: Sequence[torch.Tensor], exponent: int) -> None:
+    """Add all of these, each as long as ``total`` and in one dimension, to it in fixed point."""
+    for each in values:
+        total += to_fixed(each, exponent)
+
+
+def _magnitude(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The largest of all, in float64; not a number where one is."""
+    if gradients[0].numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    return torch.stack([torch.linalg.vector_norm(each, ord=float("inf")) for each in gradients]).max().double()
