@@ -1,7 +1,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-fast lint bench clean
+.PHONY: demo test test-fast campaign lint bench clean
 $(VENV)/.ready: pyproject.toml .ci/constraints.txt
 	python3 -m venv $(VENV)
 	$(PY) -m pip install -q -c .ci/constraints.txt -e '.[dev]'
@@ -15,6 +15,12 @@ test: $(VENV)/.ready ## all of it; what a machine cannot do is skipped, and says
 
 test-fast: $(VENV)/.ready ## the core and what else needs seconds
 	$(PY) -m pytest -m "not net and not slow"
+
+RUNS ?= 50
+SEED ?= 1
+campaign: $(VENV)/.ready ## the same curve under random faults, run after run; 20 seconds each, stops at the first that differs
+	rm -rf out/campaign
+	$(PY) -m elasticd.testing.campaign --runs $(RUNS) --seed $(SEED)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check elasticd tests dashboards

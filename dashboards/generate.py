@@ -79,6 +79,15 @@ FLEET = (
         "Normally under a third of the lease's time to live.",
         unit="s",
     ),
+    Panel(
+        title="Evictions",
+        queries=(
+            Query(expr="max by (grounds) (elasticd_cluster_evictions)", legend="{{grounds}}, within the window"),
+            Query(expr="max(elasticd_cluster_eviction_budget)", legend="budget"),
+            Query(expr="max(elasticd_cluster_quarantined_nodes)", legend="nodes in quarantine"),
+        ),
+        about="Nodes that lost their seats: because they were slow for long, or a GPU was in trouble.",
+    ),
     plot("Links between daemons", "sum by (state) (elasticd_peers)", "{{state}}", "Each link is seen from both ends."),
     plot(
         "Time to detect a loss",
@@ -170,6 +179,13 @@ JOB = (
         about="The slowest over the mean of the busy time per step: 1.0 is perfect, 1.2 costs a sixth of the fleet.",
         low=1,
     ),
+    plot(
+        "Slowdown by node",
+        f"max by (node) (elasticd_job_slowdown_ratio{{{J}}})",
+        "{{node}}",
+        "Its slowest rank over the median of all ranks. Above the job's straggler_factor for long, it is exchanged.",
+        low=1,
+    ),
     Panel(
         title="World",
         queries=(
@@ -223,6 +239,35 @@ JOB = (
         f"sum by (result) (elasticd_checkpoint_commits_total{{{J}}})",
         "{{result}}",
         "Refused: it came from a round that was over.",
+    ),
+    Panel(
+        title="Copies in RAM",
+        queries=(
+            Query(expr=f"max(elasticd_job_step{{{J}}})", legend="completed step"),
+            Query(expr=f"max(elasticd_memory_copy_step{{{J}}})", legend="newest whole copy"),
+        ),
+        about="The distance is what a lost worker or node costs: Session(memory_every_steps=...).",
+    ),
+    plot(
+        "Memory that copies take",
+        "sum by (node, origin) (elasticd_memory_held_bytes)",
+        "{{node}}: {{origin}}",
+        "Own: of this node's workers. Copied: kept for other nodes.",
+        unit="bytes",
+    ),
+    plot(
+        "Copying to the buddy",
+        f"sum by (node) (elasticd_memory_sent_bytes_total{{{J}}})"
+        f" / (sum by (node) (elasticd_memory_send_seconds_sum{{{J}}}) > 0)",
+        "{{node}}",
+        "Bytes a second while a copy is under way, checking it included; the mean since the job came.",
+        unit="Bps",
+    ),
+    plot(
+        "State taken up from",
+        f"sum by (source) (elasticd_restores_total{{{J}}})",
+        "{{source}}",
+        "Memory: of the nodes that wrote it. Buddy: one of those was gone. Disk: a checkpoint. By rank.",
     ),
     plot(
         "Rounds proposed",

@@ -101,7 +101,7 @@ def drain(node_id: str, endpoints: str, config: str) -> int:
 @click.argument("node_id", metavar="NODE")
 @_cluster
 def undrain(node_id: str, endpoints: str, config: str) -> int:
-    """Let a drained node take jobs again."""
+    """Let a node that is drained, or in quarantine, take jobs again."""
     from elasticd.commands.operate import undrain_node_id
 
     return undrain_node_id(node_id, endpoints, config)

@@ -33,6 +33,10 @@ class JobRefused(OperatorError):
     """The job cannot be taken as asked for (its id is taken, its limits differ, its versions differ)."""
 
 
+class StateLost(OperatorError):
+    """No checkpoint could be restored, and the state was overwritten in the attempt; the text says what to do."""
+
+
 # --- Time mends it: retry with back-off ---
 
 
@@ -50,6 +54,10 @@ class ChannelClosed(ElasticdError):
 
 class SaveFailed(ElasticdError):
     """A checkpoint could not be written; training goes on, and the next one is tried when it is due."""
+
+
+class MemoryRefused(ElasticdError):
+    """A copy in RAM cannot be had (it does not fit, nobody keeps it); the text names sizes. Training goes on."""
 
 
 # --- This process must stop what it does ---

@@ -17,6 +17,7 @@ from elasticd.core.messages import Down, Write
 from elasticd.core.model import BootId, Capacity, Failure, JobId, JobSpec, Node, NodeId, Round, Topology
 from elasticd.core.records import from_json, to_json
 from elasticd.core.stages import Stage
+from elasticd.core.stragglers import Eviction, Grounds, Measured, Policy
 from elasticd.core.view import Entry
 
 TTL_S = 5.0
@@ -45,9 +46,9 @@ class SimStore:
         self.rounds: dict[tuple[str, int], str] = {}
         self._ids = itertools.count(1)
 
-    def grant(self) -> int:
+    def grant(self, ttl_s: float = TTL_S) -> int:
         lease = next(self._ids)
-        self.leases[lease] = self.sim.now + TTL_S
+        self.leases[lease] = self.sim.now + ttl_s
         return lease
 
     def apply(self, puts: dict[str, tuple[str, int]], deletes: list[str]) -> None:
@@ -70,6 +71,7 @@ class SimStore:
         ranks = [r for s in written.seats for r in range(s.first_rank, s.first_rank + s.nproc)]
         assert ranks == list(range(written.world_size))
         assert len({s.node_id for s in written.seats}) == len(written.seats)
+        assert written.world_size % self.sim.spec.ranks_per_replica == 0
 
     def expire(self) -> None:
         if not self.up:
@@ -86,6 +88,7 @@ class SimStore:
 class SimNode:
     sim: Sim
     machine: Machine
+    nproc: int = 1
     alive: bool = True
     frozen: bool = False
     cut: bool = False
@@ -95,6 +98,8 @@ class SimNode:
     round: Round | None = None
     workers: int = 0  # number of the round whose workers run here; 0: none
     sessions: bool = False
+    #: Seconds per micro-batch.
+    speed: float = 0.01
     exit_status: int | None = None
     peers: frozenset = frozenset()
     up: set = field(default_factory=set)
@@ -160,7 +165,7 @@ class SimNode:
     def agent_ready(self) -> None:
         if self.agent:
             job = self.machine.task.spec.job_id if self.machine.task else JobId("job")
-            self.post(messages.AgentReady(job_id=job, store_port=next(self.ports), nproc=self.sim.nproc))
+            self.post(messages.AgentReady(job_id=job, store_port=next(self.ports), nproc=self.nproc))
 
     def start_round(self, current: Round) -> None:
         assert self.machine.stage is Stage.RUNNING
@@ -223,7 +228,15 @@ class SimNode:
             found = store.kv.get(guard.key)
             if (found.create if found else 0) != guard.create_revision:
                 return False
+        for mark in effect.marks:
+            found = store.kv.get(mark.key)
+            if mark.expected_mod_revision not in (None, found.mod if found else 0):
+                return False
         puts = {key: (to_json(effect.round), 0)}
+        for mark in effect.marks:
+            puts[mark.key] = (to_json(mark.record), store.grant(mark.ttl_s) if mark.ttl_s else 0)
+        if effect.marks:
+            self.sim.evicted(effect)
         if effect.spec is not None:
             puts[keys.spec(effect.job_id)] = (to_json(effect.spec), 0)
         store.apply(puts, list(effect.delete_keys))
@@ -265,7 +278,9 @@ class SimNode:
 
 
 class Sim:
-    def __init__(self, seed: int = 0, *, spec: JobSpec | None = None, nproc: int = 1) -> None:
+    def __init__(
+        self, seed: int = 0, *, spec: JobSpec | None = None, nproc: int = 1, policy: Policy | None = None
+    ) -> None:
         self.random, self.now, self.nproc = random.Random(seed), 0.0, nproc
         self.spec = spec or JobSpec(job_id=JobId("job"), min_nodes=1, max_nodes=8, command=("x",))
         self._heap: list = []
@@ -274,7 +289,11 @@ class Sim:
         self.nodes: dict[str, SimNode] = {}
         self.apart: set[frozenset[str]] = set()  # pairs that do not hear each other
         self._boots = itertools.count(1)
+        self.policy = policy
+        #: (when, node, spare) of each eviction.
+        self.evictions: list[tuple[float, NodeId, str]] = []
         self._every(0.3, self._keep)
+        self._every(1.0, self._measure)
 
     # time
     def at(self, when: float, action: Callable[[], None]) -> None:
@@ -306,8 +325,39 @@ class Sim:
             node.keepalive()
         self.store.expire()
 
+    def _measure(self) -> None:
+        """Sessions that step tell each other their speeds, some noise included; all micro-batches are shared equally."""
+        current = self.round()
+        if current is None or not self.world() or not all(self.nodes[s.node_id].sessions for s in current.seats):
+            return
+        if any(self.nodes[seat.node_id].boundary for seat in current.seats):
+            return
+        seconds = []
+        for seat in current.seats:
+            seconds += [self.nodes[seat.node_id].speed * self.random.uniform(0.9, 1.1)] * seat.nproc
+        shares = tuple(4 for _ in seconds)
+        measured = Measured(seconds=tuple(seconds), shares=shares, balanced=True)
+        for seat in current.seats:
+            event = messages.SpeedsMeasured(round_number=current.number, measured=measured)
+            self.after(0.001, lambda node=self.nodes[seat.node_id], event=event: node.post(event))
+
+    def evicted(self, effect: messages.ProposeRound) -> None:
+        """What holds of every eviction, when it is written."""
+        record = next(mark.record for mark in effect.marks if isinstance(mark.record, Eviction))
+        assert len(effect.round.seats) >= self.spec.min_nodes, "an eviction broke the minimum"
+        standing = [key for key in self.store.kv if key.startswith(keys.EVICTIONS)]
+        nodes = [key for key in self.store.kv if key.startswith(keys.NODES)]
+        policy = self.policy or Policy()
+        assert len(standing) < policy.allowed(len(nodes)), "an eviction beyond the budget"
+        if self.evictions and record.grounds is Grounds.SLOW:
+            assert self.now - self.evictions[-1][0] >= self.spec.straggler_after_s, "an eviction within the cool-down"
+        assert effect.round.seat_of(record.node_id) is None
+        self.evictions.append((self.now, record.node_id, record.spare))
+
     # nodes
-    def add(self, name: str, *, sessions: bool = False, fixed: bool = True, zone: str = "") -> SimNode:
+    def add(
+        self, name: str, *, sessions: bool = False, fixed: bool = True, zone: str = "", nproc: int | None = None
+    ) -> SimNode:
         node = Node(
             node_id=NodeId(name),
             boot_id=BootId(f"{name}-{next(self._boots)}"),
@@ -318,8 +368,9 @@ class Sim:
             capacity=Capacity(cpu_count=2, memory_bytes=1),
             topology=Topology(zone=zone),
         )
-        machine = Machine(node, Settings(lease_ttl_s=TTL_S, fixed_job=self.spec if fixed else None))
-        made = SimNode(self, machine, sessions=sessions)
+        policy = {} if self.policy is None else {"stragglers": self.policy}
+        machine = Machine(node, Settings(lease_ttl_s=TTL_S, fixed_job=self.spec if fixed else None, **policy))
+        made = SimNode(self, machine, sessions=sessions, nproc=nproc or self.nproc)
         self.nodes[name] = made
         self.after(0.002, made.load)
         return made

@@ -20,7 +20,7 @@ from elasticd import Session
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Stall
 from elasticd.checkpoint.disk import Disk
-from elasticd.checkpoint.restore import find_newest, load_into
+from elasticd.checkpoint.restore import load_into
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
 from elasticd.checkpoint.staging import Staging
@@ -286,7 +286,7 @@ def test_a_rank_that_dies_in_a_save_fails_it_in_seconds_and_nothing_becomes_visi
         assert ranks[1].wait() == -signal.SIGKILL, ranks[1].output
         assert ranks[0].wait() == 0, ranks[0].output
         assert "heard of it" in ranks[0].output
-    assert find_newest(tmp_path) == (None, [])
+    assert storage.complete_steps(tmp_path) == []
 
 
 def save_with_no_memory_on_one_rank(directory: Path) -> None:

@@ -33,7 +33,7 @@ from elasticd.checkpoint.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from elasticd.checkpoint.restore import agree_on_newest, find_newest, load_into
+from elasticd.checkpoint.restore import PassedOver, Restored, load_into, restore_newest
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saver
 from elasticd.errors import CheckpointInvalid, ConfigError, SaveFailed
@@ -58,8 +58,16 @@ def loaded(path: Path) -> dict:
     return state
 
 
+def restored(directory: Path) -> tuple[Restored | None, list[PassedOver]]:
+    """The newest that verifies is loaded into a new state; what was passed over."""
+    passed_over: list[PassedOver] = []
+    return restore_newest(directory, None, lambda _: state_of(0.0), passed_over), passed_over
+
+
 def newest_step(directory: Path) -> int | None:
-    found, _ = find_newest(directory)
+    found, _ = restored(directory)
+    if found is not None:
+        assert storage.verify(found.path) == found.manifest
     return found.manifest.step if found else None
 
 
@@ -200,7 +208,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("manifest of another shape", lambda at: (at / MANIFEST_NAME).write_text("[1]"), "is damaged"),
     ("manifest not JSON", lambda at: (at / MANIFEST_NAME).write_bytes(b"\xff\xfe{"), "is damaged"),
     ("manifest of another step", lambda at: rewrite_manifest(at, step=19), "is of step 19"),
-    ("manifest from the future", lambda at: rewrite_manifest(at, format=FORMAT + 1), "has format 2"),
+    ("manifest from the future", lambda at: rewrite_manifest(at, format=FORMAT + 1), "has format 3"),
     ("manifest without metadata", forge_manifest_without_metadata, "says nothing of .metadata"),
     ("a directory in place of a file", lambda at: (data_file(at).unlink(), (at / "__0_0.distcp").mkdir()), ""),
 ]
@@ -210,7 +218,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
 def test_what_does_not_verify_is_passed_over_with_a_reason(tmp_path: Path, damage: Callable, why: str) -> None:
     save(tmp_path, 10, 20)
     damage(tmp_path / "step-20")
-    found, passed_over = find_newest(tmp_path)
+    found, passed_over = restored(tmp_path)
     assert found is not None
     assert found.manifest.step == 10
     assert [one.step for one in passed_over] == [20]
@@ -240,7 +248,7 @@ def test_several_bad_ones_and_none_that_is_good(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3)
     for step in (1, 2, 3):
         flip(data_file(tmp_path / f"step-{step}"))
-    found, passed_over = find_newest(tmp_path)
+    found, passed_over = restored(tmp_path)
     assert found is None
     assert [one.step for one in passed_over] == [3, 2, 1]
 
@@ -272,10 +280,7 @@ def test_nothing_is_unpickled_before_its_checksum_matched(tmp_path: Path, name: 
     poison = pickle.dumps(Poison(mark))
     padded = poison + bytes(max(0, (directory / "step-2" / name).stat().st_size - len(poison)))
     (directory / "step-2" / name).write_bytes(padded)
-    found = agree_on_newest(directory, None)
-    assert found is not None
-    assert found.manifest.step == 1
-    load_into(state_of(0.0), found.path)
+    assert newest_step(directory) == 1
     assert not mark.exists()
     pickle.loads(padded)
     assert mark.exists()  # the poison works
@@ -539,7 +544,7 @@ def test_shards_of_two_ranks_open_without_us(tmp_path: Path) -> None:
 def print_the_choice(directories: list[Path]) -> None:
     """Run by a rank, each with the directory of its own."""
     dist.init_process_group("gloo")
-    found = agree_on_newest(directories[dist.get_rank()], dist.group.WORLD)
+    found = restore_newest(directories[dist.get_rank()], dist.group.WORLD, lambda _: state_of(0.0))
     print("found", found.manifest.step if found else None)
 
 
@@ -572,9 +577,9 @@ def test_ranks_that_see_different_directories_are_the_operators_error(tmp_path: 
     if there == "less data":
         os.truncate(data_file(other / "step-10"), 1000)
     with world(2, print_the_choice, [mine, other]) as ranks:
-        assert ranks[0].wait() == 0
-        assert ranks[1].wait() == 1
+        assert [rank.wait() for rank in ranks] == [1, 1]
         assert "all ranks must see the same directory" in ranks[1].output
+        assert "rank 1 could not take up the checkpoint" in ranks[0].output
 
 
 def save_with_a_silent_rank(directory: Path) -> None:

@@ -29,7 +29,7 @@ from worker_runs import run_world, world
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.disk import Disk
 from elasticd.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME, complete_name
-from elasticd.checkpoint.restore import find_newest, load_into
+from elasticd.checkpoint.restore import restore_newest
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saver
 from elasticd.errors import CheckpointInvalid, SaveFailed
@@ -57,12 +57,10 @@ def failure_of(ours: Saver, step: int) -> SaveFailed | None:
 
 def restored_step(directory: Path) -> int:
     """The step of what is restored, 0 for nothing; all parts of the state must be of that step."""
-    found, _ = find_newest(directory)
+    found = restore_newest(directory, None, lambda _: state_of(0))
     if found is None:
         return 0
-    state = state_of(0)
-    load_into(state, found.path)
-    step = found.manifest.step
+    step, state = found.manifest.step, found.state
     assert torch.equal(state["model"]["weight"], torch.full((500,), float(step)))
     assert torch.equal(state["model"]["bias"], torch.full((7,), -float(step)))
     assert state["note"] == f"of {step}"
@@ -231,13 +229,11 @@ def test_after_any_prefix_of_the_writes_the_last_committed_is_found_byte_for_byt
     seen = set()
     for what, found, returned, newest in states(root, done, random.Random(seed)):
         build(directory, root, found)
-        chosen, _ = find_newest(directory)
-        step = chosen.manifest.step if chosen else 0
+        step = restored_step(directory)
         assert returned <= step <= newest, f"seed {seed}: {what}: found {step} after {returned} had returned"
-        if chosen is not None:
-            assert {path.name: path.read_bytes() for path in chosen.path.iterdir()} == whole[step], (
-                f"seed {seed}: {what}"
-            )
+        if step:
+            there = {path.name: path.read_bytes() for path in (directory / complete_name(step)).iterdir()}
+            assert there == whole[step], f"seed {seed}: {what}"
         seen.add((step - returned) if step else "none")
     assert seen == {0, 1, "none"}
 
@@ -249,8 +245,7 @@ def test_the_property_finds_a_save_that_flushes_nothing(record: tuple, tmp_path:
     lost = 0
     for _, found, returned, _ in states(root, careless, random.Random(1)):
         build(tmp_path / "rebuilt", root, found)
-        chosen, _ = find_newest(tmp_path / "rebuilt")
-        lost += (chosen.manifest.step if chosen else 0) < returned
+        lost += restored_step(tmp_path / "rebuilt") < returned
     assert lost > 10
 
 

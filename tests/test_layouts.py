@@ -24,11 +24,13 @@ from elasticd.checkpoint import storage
 #: Name -> how many ranks.
 LAYOUTS = {"fsdp2 on 4": 4, "hsdp 2x1": 2, "hsdp 2x2": 4, "ddp on 1": 1, "ddp on 3": 3, "tensor-parallel": 2}
 STEPS = 3
+WIDTH = 66
 
 
 def build(layout: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    model: nn.Module = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
+    # Wide enough for the elements of most shards to be read without unpickling, and uneven.
+    model: nn.Module = nn.Sequential(nn.Linear(WIDTH, 90), nn.Tanh(), nn.Linear(90, 51))
     kind, size = layout.split(maxsplit=1)[0], dist.get_world_size()
     if kind == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
@@ -48,7 +50,7 @@ def build(layout: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 def train_once(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """The whole batch on every rank: the mean over the ranks is the same under every layout."""
     optimizer.zero_grad()
-    x = torch.arange(24.0).reshape(4, 6) / 24
+    x = torch.arange(4.0 * WIDTH).reshape(4, WIDTH) / 4 / WIDTH
     model(x).square().mean().backward()
     optimizer.step()
 

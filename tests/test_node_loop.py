@@ -17,6 +17,7 @@ from elasticd.channel import Message, decode, encode
 from elasticd.cluster.embedded import EmbeddedEtcd
 from elasticd.cluster.etcd import EtcdStore
 from elasticd.cluster.peers import LinkSettings
+from elasticd.core import keys
 from elasticd.core.machine import Machine, Settings
 from elasticd.core.messages import Report, ShutdownRequested
 from elasticd.core.model import BootId, Capacity, JobId, JobSpec, Node, NodeId
@@ -226,7 +227,7 @@ def test_a_socket_of_a_living_daemon_is_not_taken(endpoint: str, tmp_path: Path)
             _, writer = await asyncio.open_unix_connection(str(first.setup.socket_path))
             writer.close()
         assert first.setup.socket_path.exists()  # left behind, as by a daemon that was killed
-        heir = LocalServer(NodeId("l"), lambda _event: None, lambda *_: None, lambda *_: None, lambda *_: None)
+        heir = LocalServer(NodeId("l"), lambda _event: None, lambda *_: None, first.loop, lambda *_: None)
         await heir.listen(first.setup.socket_path)
         await heir.close()
 
@@ -246,6 +247,33 @@ def test_a_script_commits_for_its_own_job_alone(endpoint: str, tmp_path: Path) -
                 answer = decode(await asyncio.wait_for(reader.readline(), 5))
                 assert (answer["type"], answer["committed"]) == ("commit_result", committed)
                 writer.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_script_hears_whether_its_round_stands(endpoint: str, tmp_path: Path) -> None:
+    """The fence that is asked before a checkpoint becomes visible. etcd answers it, not what the node believes."""
+
+    async def scenario() -> None:
+        async with hosts(endpoint, tmp_path, "n", job("fenced")) as (n,):
+            await eventually(lambda: n.seats() == ["n"])
+            number = n.agent.rounds[-1][1]["number"]
+
+            async def ask(claimed: str, round_number: int) -> bool | None:
+                reader, writer = await asyncio.open_unix_connection(str(n.setup.socket_path))
+                hello = {"type": "worker_hello", "job": claimed, "round": round_number, "rank": 0}
+                writer.write(encode(hello) + encode({"type": "fence", "round": round_number, "step": 8}))
+                answer = decode(await asyncio.wait_for(reader.readline(), 5))
+                writer.close()
+                assert (answer["type"], answer["step"]) == ("fence_result", 8)
+                return answer["stands"]
+
+            assert await ask("fenced", number) is True
+            assert await ask("fenced", number - 1) is False
+            assert await ask("foreign", number) is False
+            # Written behind the node's back; asked before the watch can have told it, or after: no either way.
+            EtcdStore([endpoint]).put(keys.round_(JobId("fenced")), "{}")
+            assert await ask("fenced", number) is False
 
     asyncio.run(scenario())
 

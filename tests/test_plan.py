@@ -21,7 +21,7 @@ from elasticd.core.balance import (
     fit_caps,
     step_seconds,
 )
-from elasticd.core.plan import equal_shares, make_plan, moved, positions
+from elasticd.core.plan import equal_shares, make_plan, moved, positions, weighted_shares
 from elasticd.worker.data import Cursor, sample_ids
 
 SHARES = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(lambda shares: sum(shares) > 0).map(tuple)
@@ -53,6 +53,44 @@ def test_every_micro_batch_is_computed_exactly_once_and_shares_sum_up(shares: tu
     assert [plan.owner_of()[m] for owned in plan.owned for m in owned] == [
         rank for rank, owned in enumerate(plan.owned) for _ in owned
     ]
+
+
+@given(st.lists(st.lists(SPEED, min_size=2, max_size=2), min_size=2, max_size=20))
+def test_whatever_was_measured_has_a_usual_value_within_it(windows: list[list[float]]) -> None:
+    speeds = Speeds(2)
+    for measured in windows:
+        speeds.add(measured)
+    for known, seen in zip(speeds.known(), zip(*windows, strict=True), strict=True):
+        assert min(seen) * (1 - 1e-9) <= known <= max(seen) * (1 + 1e-9)
+
+
+def test_half_of_the_windows_slow_and_half_fast_is_no_error() -> None:
+    """It ended workers with "fmean requires at least one data point"."""
+    speeds = Speeds(1)
+    for measured in (0.1, 0.4, 0.1, 0.4):
+        speeds.add([measured])
+    assert speeds.known() == [pytest.approx(0.25)]
+
+
+@given(st.integers(1, 60), st.lists(st.floats(0.01, 100.0), min_size=1, max_size=12))
+def test_weighted_shares_are_within_one_of_their_proportion(micro_batches: int, weights: list[float]) -> None:
+    shares = weighted_shares(micro_batches, weights)
+    assert sum(shares) == micro_batches
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - micro_batches * weight / sum(weights)) < 1 + 1e-6
+
+
+def test_weights_start_again_where_there_are_more_ranks_and_give_way_to_caps() -> None:
+    assert choose_first(8, [8, 8, 8], (1, 2, 5)) == (1, 2, 5)
+    assert choose_first(16, [16] * 6, (1, 2, 5)) == (1, 2, 5, 1, 2, 5)
+    assert choose_first(8, [8, 8], (1, 2, 5)) == (3, 5)
+    assert choose_first(8, [8, 8, 3], (1, 2, 5)) == (3, 2, 3)
+
+
+@pytest.mark.parametrize("weights", [(), (0, 0), (-1, 2), (math.nan, 1), (math.inf, 1)])
+def test_weights_that_are_none_are_refused(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        weighted_shares(4, weights)
 
 
 @given(st.integers(1, 60), st.integers(1, 20))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from elasticd.cluster.store import Compare
 from elasticd.core import keys, messages
-from elasticd.core.messages import Event, WriteFinished
+from elasticd.core.messages import Event, Mark, WriteFinished
 from elasticd.core.model import BootId, Capacity, Cause, JobId, JobSpec, Member, Node, NodeId, Phase, Round
-from elasticd.core.records import to_json
+from elasticd.core.records import from_json, to_json
+from elasticd.core.stragglers import Eviction, Grounds, Offences, Tally
 from elasticd.daemon.storekeeper import StoreKeeper
 from elasticd.errors import LeaseLost, OperatorError
 from elasticd.testing.memory_store import MemoryStore
@@ -101,7 +104,58 @@ def test_all_that_a_run_leaves_behind_goes_with_its_last_record(store: MemorySto
     assert 0 not in left.values()
 
 
+def test_an_eviction_is_written_with_its_round_or_not_at_all(store: MemoryStore) -> None:
+    """Each record on a lease of its own, which says in Unix time when it ends; the tally for good."""
+    keeper = keeper_of(store, [])
+    eviction = Eviction(job_id=JOB, node_id=NodeId("b"), grounds=Grounds.SLOW, reason="slow")
+    marks = (
+        Mark(key=keys.TALLY, record=Tally(evictions=1), expected_mod_revision=0),
+        Mark(key=keys.eviction(JOB, NodeId("b")), record=eviction, ttl_s=60),
+        Mark(key=keys.offences(NodeId("b")), record=Offences(node_id=NodeId("b"), count=1), ttl_s=600),
+    )
+
+    def propose(number: int) -> None:
+        held = store.get(keys.round_(JOB))
+        written = Round(number=number, phase=Phase.RUNNING, cause=Cause.STRAGGLER)
+        expected = held.mod_revision if held else 0
+        keeper._carry_out(
+            messages.ProposeRound(job_id=JOB, round=written, expected_mod_revision=expected, guards=(), marks=marks)
+        )
+
+    propose(1)
+    records = {entry.key: entry for entry in store.snapshot(keys.PREFIX).entries}
+    leases = [records[mark.key].lease for mark in marks]
+    assert leases[0] == 0
+    assert 0 not in leases[1:]
+    assert leases[1] != leases[2]
+    until = from_json(Eviction, records[marks[1].key].value).until
+    assert 50 < until - time.time() <= 60
+    propose(2)  # the tally has moved on: another eviction was counted meanwhile
+    held = store.get(keys.round_(JOB))
+    assert held is not None
+    assert from_json(Round, held.value).number == 1
+
+
 def test_a_record_of_our_own_id_that_cannot_be_read_is_the_operators(store: MemoryStore) -> None:
     store.put(keys.node(ME), '{"from": "the future"}')
     with pytest.raises(OperatorError, match="node id 'a' in etcd cannot be read"):
         keeper_of(store, [])._carry_out(messages.Register())
+
+
+def test_whether_a_guard_holds_is_told_by_the_store_or_by_nobody(store: MemoryStore) -> None:
+    """A fence that cannot be asked must not say yes, nor hold up what is written after it."""
+    keeper, heard = keeper_of(store, []), []
+    revision = store.put(keys.round_(JOB), "{}")
+
+    def ask(mod_revision: int) -> None:
+        guard = Compare(key=keys.round_(JOB), mod_revision=mod_revision)
+        keeper._confirm(guard, lambda stands, reason: heard.append((stands, reason)))
+
+    ask(revision)
+    store.fail()
+    ask(revision)
+    store.heal()
+    ask(revision)
+    store.put(keys.round_(JOB), "{}")
+    ask(revision)
+    assert heard == [(True, ""), (None, "etcd gives no answer"), (True, ""), (False, "a newer round stands")]

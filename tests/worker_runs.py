@@ -174,6 +174,8 @@ class FakeDaemon:
 
     def __init__(self, path: Path, *, commit_reason: str = "") -> None:
         self.path, self.commit_reason = str(path), commit_reason
+        #: What is said to those who ask whether their round stands; the last one again and again.
+        self.fence_answers: list[bool | None] = [True]
         self.messages: list[dict] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.path)
@@ -236,7 +238,13 @@ class FakeDaemon:
 
     def _receive(self, connection: socket.socket, message: dict) -> None:
         self.messages.append({**message, "connection": self._workers.index(connection), "t": time.monotonic()})
+        answer = {"step": message.get("step"), "reason": self.commit_reason}
         if message["type"] == "commit":
-            answer = {"type": "commit_result", "step": message["step"], "committed": not self.commit_reason}
-            with contextlib.suppress(OSError):  # it does not wait for the answer when it ends
-                connection.sendall(json.dumps(answer | {"reason": self.commit_reason}).encode() + b"\n")
+            answer |= {"type": "commit_result", "committed": not self.commit_reason}
+        elif message["type"] == "fence":
+            stands = self.fence_answers.pop(0) if len(self.fence_answers) > 1 else self.fence_answers[0]
+            answer |= {"type": "fence_result", "stands": stands}
+        else:
+            return
+        with contextlib.suppress(OSError):  # it does not wait for the answer when it ends
+            connection.sendall(json.dumps(answer).encode() + b"\n")

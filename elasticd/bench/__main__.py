@@ -19,6 +19,7 @@ from elasticd.bench import (
     checkpoint,
     idle,
     join,
+    memory,
     node_kill,
     overhead,
     rendezvous,
@@ -49,6 +50,7 @@ EXPERIMENTS: dict[str, Callable[[Options], list[Figure]]] = {
         session_cost,
         balance,
         checkpoint,
+        memory,
     )
 }
 
@@ -98,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), metavar="NAME", help=f"some of: {names}")
     parser.add_argument("--repeat", type=_count, default=0, metavar="N", help="samples of elasticd in each experiment")
     parser.add_argument("--quick", action="store_true", help="few samples and short runs: a look, not a measurement")
-    parser.add_argument("--checkpoint-gb", type=_count, default=1, metavar="GB", help="state to save (default 1)")
+    parser.add_argument("--checkpoint-gb", type=_count, default=0, metavar="GB", help="state to save (1 and 4)")
     parser.add_argument("--json", action="store_true", help="the whole document as the last line")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help=f"where it goes (default {OUT})")
     return parser

@@ -11,12 +11,13 @@ QUICK_THEIRS = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """``repeat`` 0: each experiment's own number of times. ``checkpoint_gb``: of state, in the checkpoint experiment.
+    """``repeat`` 0: each experiment's own number of times. ``checkpoint_gb``: of state, in the checkpoint experiment;
+    0 for all of its sizes.
     ``say`` tells of progress."""
 
     repeat: int = 0
     quick: bool = False
-    checkpoint_gb: int = 1
+    checkpoint_gb: int = 0
     say: Callable[[str], None] = lambda _: None
 
     def ours(self, usual: int) -> int:

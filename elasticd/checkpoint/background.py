@@ -61,6 +61,10 @@ class BackgroundSaver:
     def in_flight(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    def began_at(self, step: int) -> None:
+        """So many steps were completed when training was taken up."""
+        self._saver.began_at(step)
+
     def start(self, state: dict[str, Any], step: int) -> None:
         """Copy the state and save the copy in the background. Returns once the state may be changed again."""
         started, waited = time.monotonic(), self.in_flight
@@ -82,7 +86,7 @@ class BackgroundSaver:
         ended: list[Saved | SaveFailed] = []
 
         def work() -> None:
-            ended.append(self._save(state, step, None))
+            ended.append(self._save(state, step, None, patient=True))
             self._told(step, ended[0], Stall(seconds=time.monotonic() - started, waited=False))
 
         self._launch(work)
@@ -115,9 +119,11 @@ class BackgroundSaver:
         self._thread = threading.Thread(target=run, name="elasticd-save")
         self._thread.start()
 
-    def _save(self, state: dict[str, Any], step: int, problem: Exception | None) -> Saved | SaveFailed:
+    def _save(
+        self, state: dict[str, Any], step: int, problem: Exception | None, *, patient: bool = False
+    ) -> Saved | SaveFailed:
         try:
-            saved = self._saver.save(state, step, problem=problem)
+            saved = self._saver.save(state, step, problem=problem, patient=patient)
         except SaveFailed as error:
             self.counts.failed += 1
             return error

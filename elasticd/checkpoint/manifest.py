@@ -15,12 +15,16 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from elasticd.core.records import from_plain, to_json, to_plain
+from elasticd.core.records import from_plain, to_plain
 from elasticd.errors import CheckpointInvalid, ProtocolError
 
 #: Version of manifest.json. A higher one comes from a newer elasticd, and is not guessed at.
-FORMAT = 1
+FORMAT = 2
+#: From this version on data files end in an index of their blocks.
+FORMAT_WITH_BLOCKS = 2
 MANIFEST_NAME = "manifest.json"
+#: Where a round began, in manifests of elasticd that did not write it down.
+UNKNOWN_STEP = -1
 #: DCP's own index of the tensors, a pickle: it must be among the files, so that it is checked before it is read.
 METADATA_NAME = ".metadata"
 
@@ -30,16 +34,24 @@ _TEMPORARY = re.compile(r"step-(\d+)\.r(\d+)\.tmp")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """One file of a checkpoint. CRC32 (zlib's): it is there to find rot and torn writes, not malice."""
+    """One file of a checkpoint. CRC32 (zlib's): it is there to find rot and torn writes, not malice.
+
+    The last ``index_bytes`` of a data file are the index of its blocks (blocks.py); 0: it has none.
+    """
 
     name: str
     size_bytes: int
     crc32: int
+    index_bytes: int = 0
+    index_crc32: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that a restore must know before it opens a file of the checkpoint."""
+    """Everything that a restore must know before it opens a file of the checkpoint.
+
+    ``began_at_step``: the completed steps from which the round that wrote it went on (lineage.py says what for).
+    """
 
     format: int = FORMAT
     step: int
@@ -49,6 +61,7 @@ class Manifest:
     torch_version: str
     saved_at_unix_s: float
     files: tuple[FileEntry, ...]
+    began_at_step: int = UNKNOWN_STEP
 
     @property
     def size_bytes(self) -> int:
@@ -57,7 +70,8 @@ class Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """JSON that carries its own checksum: a flipped digit in a size or a step must not pass for another value."""
-    sealed = {"crc32": checksum(manifest), "manifest": to_plain(manifest)}
+    body = to_plain(manifest)
+    sealed = {"crc32": zlib.crc32(_canonical(body)), "manifest": body}
     return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -75,7 +89,7 @@ def decode_manifest(content: bytes) -> Manifest:
         manifest = from_plain(Manifest, body)
     except ProtocolError as error:
         raise CheckpointInvalid(f"{MANIFEST_NAME} is damaged: {error}") from error
-    if checksum(manifest) != sealed.get("crc32"):
+    if zlib.crc32(_canonical(body)) != sealed.get("crc32"):  # of what it says, not of what this version makes of it
         raise CheckpointInvalid(f"{MANIFEST_NAME} does not match its own checksum")
     if METADATA_NAME not in (entry.name for entry in manifest.files):
         raise CheckpointInvalid(f"{MANIFEST_NAME} says nothing of {METADATA_NAME}")
@@ -84,7 +98,11 @@ def decode_manifest(content: bytes) -> Manifest:
 
 def checksum(manifest: Manifest) -> int:
     """What tells two manifests apart: CRC32 of the canonical JSON."""
-    return zlib.crc32(to_json(manifest).encode())
+    return zlib.crc32(_canonical(to_plain(manifest)))
+
+
+def _canonical(body: Any) -> bytes:
+    return json.dumps(body, separators=(",", ":"), sort_keys=True).encode()
 
 
 def complete_name(step: int) -> str:

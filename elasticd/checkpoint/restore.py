@@ -1,19 +1,21 @@
 """Restoring: the newest checkpoint that verifies, the same one on every rank, resharded onto the world at hand.
 
-Rank 0 proposes one, by step and checksum of the manifest; all check that they see the same one and its sizes, each
-reads a part of its files and compares checksums, and it is taken when every part is as it was written; otherwise rank 0
-proposes the next older one. Only then is anything unpickled. Loading needs no collective: each rank reads what its own
-shards need.
+Rank 0 proposes one, by step and checksum of the manifest. Each rank checks that it sees the same one, and its sizes,
+and loads what its own shards need, checking each byte as it arrives, and a share of what nobody may need; nothing is
+unpickled before its checksum has matched. The checkpoint is taken when every rank's part was as it was written.
+Otherwise rank 0 proposes the next older one, which overwrites every tensor of those that the first one may have filled
+already: to read everything before, only to be sure, would double the time of every restore for the sake of one in a
+thousand. Where no older one is whole either, the restore fails, and says so: it never returns a mix.
 
-Not here: the form of the state (worker/state.py). A checkpoint without a manifest is passed over: one of plain torch is
-taken when it is named (foreign.py).
+Not here: reading (reader.py), the form of the state (worker/state.py). A checkpoint without a manifest is passed over:
+one of plain torch is taken when it is named (foreign.py).
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,17 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.manifest import METADATA_NAME, FileEntry, Manifest, checksum, complete_name
-from elasticd.errors import CheckpointInvalid, ConfigError
+from elasticd.checkpoint.lineage import in_order, late_ones
+from elasticd.checkpoint.manifest import (
+    FORMAT_WITH_BLOCKS,
+    METADATA_NAME,
+    FileEntry,
+    Manifest,
+    checksum,
+    complete_name,
+)
+from elasticd.checkpoint.reader import CheckedReader
+from elasticd.errors import CheckpointInvalid, ConfigError, StateLost
 
 log = logging.getLogger(__name__)
 
@@ -43,97 +54,157 @@ class PassedOver:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A checkpoint that verifies."""
+    """A checkpoint whose manifest and metadata are right, and whose files are all there."""
 
     path: Path
     manifest: Manifest
 
 
-def find_newest(directory: Path) -> tuple[Found | None, list[PassedOver]]:
-    """The newest checkpoint whose every byte verifies, and the newer ones that do not."""
-    passed_over: list[PassedOver] = []
-    for found in _candidates(directory, passed_over):
-        try:
-            storage.check_contents(found.path, _data_files(found.manifest))
-        except CheckpointInvalid as error:
-            passed_over.append(PassedOver(step=found.manifest.step, reason=str(error)))
-        else:
-            return found, passed_over
-    return None, passed_over
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """The checkpoint that was taken, and the state that was filled from it."""
+
+    path: Path
+    manifest: Manifest
+    state: dict[str, Any]
 
 
-def agree_on_newest(
-    directory: Path, group: dist.ProcessGroup | None, passed_over: list[PassedOver] | None = None
-) -> Found | None:
-    """Collective over ``group`` (None: a world of one). The newest that verifies, or None where nothing does.
+#: What a rank wants of a checkpoint: a state to fill, whose tensors are those that are trained.
+MakeState = Callable[[Manifest], dict[str, Any]]
 
-    What is passed over is logged by rank 0, and added there to ``passed_over``.
 
-    ConfigError on a rank that sees another directory than rank 0 does.
+def restore_newest(
+    directory: Path,
+    group: dist.ProcessGroup | None,
+    make_state: MakeState,
+    passed_over: list[PassedOver] | None = None,
+) -> Restored | None:
+    """Collective over ``group`` (None: a world of one). Take the newest that verifies; None where nothing does.
+
+    ``make_state`` is called for each one that is tried. What is passed over is logged by rank 0, and added there to
+    ``passed_over``.
+
+    ConfigError when the checkpoint holds another model or optimizer than the state asks for, or on a rank that sees
+    another directory than rank 0 does. StateLost when nothing could be restored and tensors were overwritten already.
     """
+    trial = _Trial(group, make_state)
     if group is not None and dist.get_rank(group) != 0:
-        return _follow(directory, group)
+        return _follow(directory, trial)
     not_taken: list[PassedOver] = [] if passed_over is None else passed_over
-    if group is None:
-        found, over = find_newest(directory)
-        not_taken += over
-    else:
-        found = _propose(directory, group, not_taken)
-    for one in not_taken:
-        log.warning("elasticd: checkpoint of step %d passed over: %s", one.step, one.reason)
-    return found
+    try:
+        return _propose(directory, trial, not_taken)
+    finally:
+        for one in not_taken:
+            log.warning("elasticd: checkpoint of step %d passed over: %s", one.step, one.reason)
 
 
-def _propose(directory: Path, group: dist.ProcessGroup, passed_over: list[PassedOver]) -> Found | None:
+class _Trial:
+    """This rank's part in trying one checkpoint after the other."""
+
+    def __init__(self, group: dist.ProcessGroup | None, make_state: MakeState) -> None:
+        self.group, self._make_state = group, make_state
+        self._rank, self._size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self._filled = False
+
+    def load(self, found: Found | ConfigError) -> Restored | str:
+        """Load this rank's part, or say why it cannot. What was loaded, or why the checkpoint is not taken.
+
+        Collective, with the same end on all ranks, but for the words. What else goes wrong on one is raised by all.
+        """
+        problem = self._agree(lambda: self._check_before(found))
+        if problem is None:
+            assert isinstance(found, Found)
+            state: dict[str, Any] = {}
+            problem = self._agree(lambda: self._fill(state, found))
+            if problem is None:
+                return Restored(path=found.path, manifest=found.manifest, state=state)
+        return problem
+
+    def _check_before(self, found: Found | ConfigError) -> None:
+        if isinstance(found, ConfigError):
+            raise found
+        if found.manifest.format < FORMAT_WITH_BLOCKS:
+            # All ranks read all files first, each a part of them; by name, in turn: in a world of the same size each
+            # rank reads the file that it will load.
+            data = sorted(_data_files(found.manifest), key=lambda entry: entry.name)
+            storage.check_contents(found.path, tuple(data[self._rank :: self._size]))
+
+    def _fill(self, state: dict[str, Any], found: Found) -> None:
+        state.update(self._make_state(found.manifest))
+        reader = open_reader(found, rank=self._rank, size=self._size)
+        try:
+            fill(state, reader)
+        finally:
+            self._filled |= reader.filling if isinstance(reader, CheckedReader) else True
+
+    def _agree(self, work: Callable[[], None]) -> str | None:
+        """Do this rank's part. None: all ranks succeeded; a text: one found damage. Other errors are raised."""
+        error: Exception | None = None
+        try:
+            work()
+        except Exception as caught:  # noqa: BLE001 - the others wait: raised once they know
+            error = caught
+        damaged = isinstance(error, CheckpointInvalid)
+        damaged_rank, failed_rank, filled_rank = self._lowest(damaged, error is not None, self._filled)
+        self._filled = filled_rank is not None
+        if damaged_rank is not None:
+            if damaged_rank == self._rank:
+                return str(error)
+            if damaged:
+                log.warning("elasticd: rank %d: %s", self._rank, error)
+            return f"rank {damaged_rank} found its part damaged"
+        if error is not None:
+            raise error
+        if failed_rank is not None:
+            raise ConfigError(f"rank {failed_rank} could not take up the checkpoint: its own message says why")
+        return None
+
+    def check_not_lost(self) -> None:
+        """Nothing is left to try."""
+        if self._filled:
+            raise StateLost(
+                "no checkpoint is whole, and the model holds parts of a damaged one: "
+                "to start afresh, move the damaged ones away or name another directory"
+            )
+
+    def _lowest(self, *true_here: bool) -> list[int | None]:
+        """For each question, the lowest rank that says yes."""
+        said = torch.tensor([self._rank if one else self._size for one in true_here], dtype=torch.int64)
+        if self.group is not None:
+            dist.all_reduce(said, op=dist.ReduceOp.MIN, group=self.group)
+        return [None if one == self._size else int(one) for one in said.tolist()]
+
+
+def _propose(directory: Path, trial: _Trial, passed_over: list[PassedOver]) -> Restored | None:
     """Rank 0's part."""
     for found in _candidates(directory, passed_over):
         step = found.manifest.step
-        _broadcast([step, checksum(found.manifest)], group)
-        failed_rank = _check_together(found.path, found.manifest, group)
-        if failed_rank is None:
-            return found
-        passed_over.append(PassedOver(step=step, reason=f"rank {failed_rank} found its part damaged"))
-    _broadcast([_NONE, 0], group)
+        _broadcast([step, checksum(found.manifest)], trial.group)
+        end = trial.load(found)
+        if isinstance(end, Restored):
+            return end
+        passed_over.append(PassedOver(step=step, reason=end))
+    _broadcast([_NONE, 0], trial.group)
+    trial.check_not_lost()
     return None
 
 
-def _follow(directory: Path, group: dist.ProcessGroup) -> Found | None:
+def _follow(directory: Path, trial: _Trial) -> Restored | None:
     """The other ranks' part."""
     while True:
-        step, seal = _broadcast([_NONE, 0], group)
+        step, seal = _broadcast([_NONE, 0], trial.group)
         if step == _NONE:
+            trial.check_not_lost()
             return None
-        path = directory / complete_name(step)
-        try:
-            manifest = _recognise(path, seal)
-        except CheckpointInvalid as error:
-            _check_together(path, None, group)
-            raise ConfigError(
-                f"rank 0 found a checkpoint of step {step} in {directory}, rank {dist.get_rank(group)} does not "
-                f"({error}): all ranks must see the same directory"
-            ) from error
-        if _check_together(path, manifest, group) is None:
-            return Found(path=path, manifest=manifest)
+        end = trial.load(_recognise(directory / complete_name(step), seal))
+        if isinstance(end, Restored):
+            return end
 
 
-def _check_together(path: Path, manifest: Manifest | None, group: dist.ProcessGroup) -> int | None:
-    """Read this rank's part of the files (none without a manifest). The lowest rank whose part is damaged, or None."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    failed = size
-    try:
-        # By name, in turn: in a world of the same size each rank reads the file that it will load.
-        data = sorted(_data_files(manifest), key=lambda entry: entry.name) if manifest else []
-        storage.check_contents(path, tuple(data[rank::size]))
-    except CheckpointInvalid as error:
-        log.warning("elasticd: rank %d: %s: %s", rank, path.name, error)
-        failed = rank
-    lowest = torch.tensor([failed], dtype=torch.int64)
-    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
-    return None if lowest.item() == size else int(lowest.item())
-
-
-def _broadcast(numbers: list[int], group: dist.ProcessGroup) -> list[int]:
+def _broadcast(numbers: list[int], group: dist.ProcessGroup | None) -> list[int]:
     """What rank 0 says. Over a group of all ranks, whose rank 0 is everyone's."""
+    if group is None:
+        return numbers
     said = torch.tensor(numbers, dtype=torch.int64)
     dist.broadcast(said, src=0, group=group)
     heard: list[int] = said.tolist()
@@ -141,42 +212,76 @@ def _broadcast(numbers: list[int], group: dist.ProcessGroup) -> list[int]:
 
 
 def _candidates(directory: Path, passed_over: list[PassedOver]) -> Iterator[Found]:
-    """Those whose manifest, sizes and metadata are right, newest first; the others are noted as passed over."""
+    """Those whose manifest, sizes and metadata are right, newest first; the others are noted as passed over.
+
+    Late ones (lineage.py) come last.
+    """
+    manifests = []
     for step in storage.complete_steps(directory):
-        path = directory / complete_name(step)
         try:
-            manifest = storage.read_manifest(path)
-            _check_outline(path, manifest)
+            manifests.append(storage.read_manifest(directory / complete_name(step)))
         except CheckpointInvalid as error:
             passed_over.append(PassedOver(step=step, reason=str(error)))
+    passed_over += [
+        PassedOver(step=one.step, reason=f"round {one.round_number} was over when it was published")
+        for one in late_ones(manifests)
+    ]
+    for manifest in in_order(manifests):
+        path = directory / complete_name(manifest.step)
+        try:
+            _check_outline(path, manifest)
+        except CheckpointInvalid as error:
+            passed_over.append(PassedOver(step=manifest.step, reason=str(error)))
         else:
             yield Found(path=path, manifest=manifest)
 
 
+def open_reader(found: Found, *, rank: int, size: int) -> FileSystemReader:
+    """For ``fill``: one that checks every byte that it takes, where the checkpoint has an index of blocks, and more
+    bytes, so that all ranks together check them all.
+
+    One of an older format is read as it is: verify it before. CheckpointInvalid when its metadata does not match.
+    """
+    indexed = found.manifest.format >= FORMAT_WITH_BLOCKS
+    if not indexed:
+        return FileSystemReader(found.path)
+    return CheckedReader(found.path, found.manifest, rank=rank, size=size)
+
+
 def load_into(state: dict[str, Any], path: Path) -> None:
-    """Fill ``state`` (tensors in place, the rest replaced) from a checkpoint that has been verified.
+    """Fill ``state`` (tensors in place, the rest replaced) from a checkpoint that is trusted or has been verified.
 
     ConfigError when the checkpoint holds another model or optimizer than the state asks for, CheckpointInvalid when it
     could not be read after all.
     """
+    fill(state, FileSystemReader(path))
+
+
+def fill(state: dict[str, Any], reader: FileSystemReader) -> None:
+    """As ``load_into``, from what the reader reads."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "torch.distributed is disabled": it is not, the load just needs none
-            dcp_load(state, storage_reader=FileSystemReader(path), no_dist=True)
+            dcp_load(state, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, CheckpointInvalid):
+            raise cause from error
         if isinstance(cause, OSError):
-            raise CheckpointInvalid(f"checkpoint {path} could not be read: {cause}") from error
-        raise ConfigError(f"checkpoint {path} does not fit what was registered: {cause}") from error
+            raise CheckpointInvalid(f"checkpoint {reader.path} could not be read: {cause}") from error
+        raise ConfigError(f"checkpoint {reader.path} does not fit what was registered: {cause}") from error
 
 
-def _recognise(path: Path, seal: int) -> Manifest:
-    """The manifest that rank 0 means, when what this rank sees of the checkpoint fits it."""
-    manifest = storage.read_manifest(path)
-    if checksum(manifest) != seal:
-        raise CheckpointInvalid("it is another checkpoint of the same step")
-    _check_outline(path, manifest)
-    return manifest
+def _recognise(path: Path, seal: int) -> Found | ConfigError:
+    """The checkpoint that rank 0 means, when what this rank sees of it fits."""
+    try:
+        manifest = storage.read_manifest(path)
+        if checksum(manifest) != seal:
+            raise CheckpointInvalid("it is another checkpoint of the same step")
+        _check_outline(path, manifest)
+    except CheckpointInvalid as error:
+        return ConfigError(f"rank 0 found {path}, this rank does not ({error}): all ranks must see the same directory")
+    return Found(path=path, manifest=manifest)
 
 
 def _check_outline(path: Path, manifest: Manifest) -> None:

@@ -1,5 +1,12 @@
 """Saving: every rank writes its shards through torch.distributed.checkpoint, rank 0 publishes them all at once.
 
+The order is: the files, the manifest, the question whether the round still stands (the fence), the name, and then the
+commit record. A member of an old round is refused by the fence; were it frozen for longer than ``FENCE_VALID_S``
+between the answer and the rename, it asks again. What is left is a freeze between the last look at the clock and the
+rename itself, which ends before the newer round begins a save: that sweeps what older rounds have not yet renamed. Then
+a late checkpoint becomes visible, whose commit is refused. lineage.py tells it from those that count; it is restored
+only where there is nothing else, and the round that stands sets it aside when it saves.
+
 The checkpoint is published inside DCP's last collective, so that every rank learns from that one exchange whether the
 checkpoint stands, and why not. DCP's writer is not trusted with durability or with reporting its errors (TORCH.md,
 defects 5 to 8): one writer thread, every item accounted for, flushes and checksums of our own, never an existing
@@ -11,37 +18,51 @@ Not here: what the state is (worker/state.py), when to save (worker/session.py),
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    DEFAULT_SUFFIX,
+    FileSystem,
+    FileSystemWriter,
+    _StorageWriterTransforms,
+)
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils.serialization import config as serialization
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.disk import DISK, Disk, new_file
-from elasticd.checkpoint.manifest import FileEntry, Manifest, complete_name, temporary_name
+from elasticd.checkpoint.disk import DISK, Disk, SealedFile, new_file
+from elasticd.checkpoint.lineage import is_late
+from elasticd.checkpoint.manifest import UNKNOWN_STEP, FileEntry, Manifest, complete_name, temporary_name
 from elasticd.checkpoint.retention import Keep
-from elasticd.errors import CheckpointInvalid, SaveFailed
+from elasticd.errors import CheckpointInvalid, SaveFailed, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
 #: How a rank's file entries travel to rank 0 among DCP's own results; no tensor can have this name.
 _ENTRY_KEY = "\0elasticd.file"
+
+#: An answer of the fence is acted upon within so many seconds of the question, or asked for again, so often.
+FENCE_VALID_S = 1.0
+FENCE_QUESTIONS = 3
+
+#: Smaller tensors are loaded by torch.load: their bytes cannot be told by their number from torch.save's own.
+TENSOR_FROM_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +77,24 @@ class Saved:
     seconds: float
     fresh: bool
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Who saves: the job, its round, and the completed steps from which that round went on."""
+
+    job_id: str
+    round_number: int
+    began_at_step: int = UNKNOWN_STEP
+
+
+class Fence(Protocol):
+    """Returns when the round stands, at some moment after the call. ``patient``: wait for one who can tell.
+
+    Fenced when it is over; StoreUnavailable when nobody can tell.
+    """
+
+    def __call__(self, step: int, *, patient: bool) -> None: ...
 
 
 class _AlreadyThereError(Exception):
@@ -74,25 +113,33 @@ class Saver:
         round_number: int,
         keep: Keep,
         disk: Disk = DISK,
+        fence: Fence | None = None,
     ) -> None:
-        self._directory, self._group, self._keep, self._disk = directory, group, keep, disk
-        self._job_id, self._round_number = job_id, round_number
+        self._directory, self._group, self._keep, self._disk, self._fence = directory, group, keep, disk, fence
+        self._origin = Origin(job_id=job_id, round_number=round_number)
         # torch.distributed is not disabled in a world of one: the save just needs none. Not suppressed around the call,
         # which runs in a thread, and catch_warnings is for the whole process.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-    def save(self, state: dict[str, Any], step: int, *, problem: Exception | None = None) -> Saved:
+    def began_at(self, step: int) -> None:
+        """So many steps were completed when this round took up training."""
+        self._origin = replace(self._origin, began_at_step=step)
+
+    def save(
+        self, state: dict[str, Any], step: int, *, problem: Exception | None = None, patient: bool = False
+    ) -> Saved:
         """Collective. Returns once the checkpoint is durable and visible.
 
         ``problem``: why this rank has no state to save; then the save fails on every rank, instead of hanging.
+        ``patient``: wait for a store that is away, rather than give this checkpoint up.
 
         SaveFailed when the storage refused (on every rank alike: the next save may work). Errors of the process group
         (a rank died, or was silent for longer than the group's time-out) come through as torch raises them.
         """
         started = time.monotonic()
-        temporary = self._directory / temporary_name(step, self._round_number)
+        temporary = self._directory / temporary_name(step, self._origin.round_number)
         writer = _Writer(
-            temporary, step=step, job_id=self._job_id, round_number=self._round_number, disk=self._disk, problem=problem
+            temporary, step=step, origin=self._origin, disk=self._disk, problem=problem, confirm=self._fence_of(patient)
         )
         fresh = True
         try:
@@ -114,12 +161,16 @@ class Saver:
             size_bytes=writer.size_bytes,
         )
 
+    def _fence_of(self, patient: bool) -> Callable[[int], None] | None:  # noqa: FBT001
+        fence = self._fence
+        return None if fence is None else lambda step: fence(step, patient=patient)
+
     def _prune(self, newest: int) -> None:
         """The checkpoint stands: that an old one could not be removed is no reason to fail."""
         try:
-            storage.prune(
-                self._directory, newest=newest, keep=self._keep, round_number=self._round_number, disk=self._disk
-            )
+            set_late_ones_aside(self._directory, newest, self._disk)
+            number = self._origin.round_number
+            storage.prune(self._directory, newest=newest, keep=self._keep, round_number=number, disk=self._disk)
         except OSError as error:
             log.warning("elasticd: old checkpoints were not removed: %s", error)
 
@@ -138,7 +189,7 @@ class _Files(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         assert mode == "wb", mode
-        with new_file(self._disk, Path(path)) as file:
+        with new_file(self._disk, Path(path), indexed=Path(path).suffix == DEFAULT_SUFFIX) as file:
             yield file
         self.entries.append(file.entry)
 
@@ -148,19 +199,58 @@ class _Files(FileSystem):
         self.entries = [replace(entry, name=new) if entry.name == old else entry for entry in self.entries]
 
 
+class _Items(_StorageWriterTransforms):
+    """Tells the file where each item begins, and which of its bytes are a tensor's elements.
+
+    DCP asks its transforms for the stream of each item; the stream stays as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensor_bytes: dict[MetadataIndex, int] = {}
+
+    def transform_save_stream(self, write_item: WriteItem, raw_stream: io.IOBase) -> Any:
+        assert isinstance(raw_stream, SealedFile)
+        raw_stream.begin_item(self.tensor_bytes.get(write_item.index, 0))
+        return super().transform_save_stream(write_item, raw_stream)
+
+
+class _RowMajor:
+    """DCP's planner as its writer sees it, with tensors in row-major order: then their bytes need no unpickling."""
+
+    def __init__(self, planner: SavePlanner, items: _Items) -> None:
+        self._planner, self._items = planner, items
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        data: Any = self._planner.resolve_data(write_item)
+        if type(data) not in (torch.Tensor, torch.nn.Parameter) or data.layout != torch.strided:
+            return cast("torch.Tensor | io.BytesIO", data)  # what a subclass holds is its own affair
+        plain: torch.Tensor = data.detach().resolve_conj().resolve_neg().contiguous()
+        if plain.nbytes >= TENSOR_FROM_BYTES:
+            self._items.tensor_bytes[write_item.index] = plain.nbytes
+        return plain
+
+
 class _Writer(FileSystemWriter):
     """DCP's writer, made durable. Rank 0 alone makes the directory, and gives it its final name."""
 
     def __init__(
-        self, path: Path, *, step: int, job_id: str, round_number: int, disk: Disk, problem: Exception | None
+        self,
+        path: Path,
+        *,
+        step: int,
+        origin: Origin,
+        disk: Disk,
+        problem: Exception | None,
+        confirm: Callable[[int], None] | None,
     ) -> None:
         super().__init__(path, thread_count=1, sync_files=False, overwrite=False)
         self._files = _Files(disk)
         self.fs = self._files
-        self._disk, self._problem = disk, problem
+        self.transforms = self._items = _Items()
+        self._disk, self._problem, self._confirm = disk, problem, confirm
         self.is_coordinator = False
-        self._temporary, self._step = path, step
-        self._job_id, self._round_number = job_id, round_number
+        self._temporary, self._step, self._origin = path, step, origin
         self._world_size = 0
 
     @property
@@ -176,8 +266,8 @@ class _Writer(FileSystemWriter):
         if self._problem is not None:
             raise self._problem
         if self.is_coordinator:
-            _make_way(self._temporary.parent / complete_name(self._step), self._disk)
-            storage.begin(self._temporary.parent, self._step, self._round_number, self._disk)
+            _make_way(self._temporary.parent / complete_name(self._step), self._origin, self._disk)
+            storage.begin(self._temporary.parent, self._step, self._origin.round_number, self._disk)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -185,7 +275,8 @@ class _Writer(FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results = super().write_data(plan, planner).wait()
+        row_major: Any = _RowMajor(planner, self._items)
+        results = super().write_data(plan, row_major).wait()
         if len(results) != len(plan.items):
             raise OSError(f"only {len(results)} of {len(plan.items)} items were written")
         done: Future[list[WriteResult]] = Future()
@@ -200,26 +291,67 @@ class _Writer(FileSystemWriter):
         manifest = Manifest(
             step=self._step,
             world_size=self._world_size,
-            job_id=self._job_id,
-            round_number=self._round_number,
+            job_id=self._origin.job_id,
+            round_number=self._origin.round_number,
             torch_version=torch.__version__,
             saved_at_unix_s=time.time(),
             files=tuple(files),
+            began_at_step=self._origin.began_at_step,
         )
-        storage.publish(self._temporary, manifest, self._disk)
+        storage.seal(self._temporary, manifest, self._disk)
+        self._publish()
+
+    def _publish(self) -> None:
+        self._ask_fence()
+        try:
+            storage.publish(self._temporary, self._step, self._disk)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            # Somebody else has published this step since this save began: a late one is not in our way.
+            _make_way(self._temporary.parent / complete_name(self._step), self._origin, self._disk)
+            self._ask_fence()
+            storage.publish(self._temporary, self._step, self._disk)
+
+    def _ask_fence(self) -> None:
+        for _ in range(FENCE_QUESTIONS if self._confirm is not None else 0):
+            asked_at = time.monotonic()
+            assert self._confirm is not None
+            self._confirm(self._step)
+            if time.monotonic() - asked_at < FENCE_VALID_S:
+                return
+        if self._confirm is not None:
+            raise StoreUnavailable(f"the store took longer than {FENCE_VALID_S:g} s to say whether the round stands")
 
 
-def _make_way(final: Path, disk: Disk) -> None:
-    """A step that is already there stays when it verifies; a damaged one gives up its name."""
+def _make_way(final: Path, origin: Origin, disk: Disk) -> None:
+    """A step that is already there stays when it verifies; a damaged or late one gives up its name."""
     if not final.exists():
         return
     try:
-        storage.verify(final)
+        found = storage.verify(final)
     except CheckpointInvalid:
-        storage.set_aside(final, disk)
-    else:
-        disk.sync_directory(final.parent)  # whoever gave it its name may have died before this
-        raise _AlreadyThereError(str(final))
+        storage.set_aside(final, "invalid", disk)
+        return
+    ours = replace(found, round_number=origin.round_number, job_id=origin.job_id, began_at_step=origin.began_at_step)
+    if is_late(found, ours):
+        storage.set_aside(final, "late", disk)
+        return
+    disk.sync_directory(final.parent)  # whoever gave it its name may have died before this
+    raise _AlreadyThereError(str(final))
+
+
+def set_late_ones_aside(directory: Path, step: int, disk: Disk = DISK) -> None:
+    """Those that the checkpoint of this step shows to be late. OSError when the storage refuses."""
+    found = storage.manifests(directory)
+    for ours in [one for one in found if one.step == step]:
+        for one in found:
+            if is_late(one, ours):
+                log.warning(
+                    "elasticd: the checkpoint of step %d was published by round %d when round %d stood: set aside",
+                    *(one.step, one.round_number, ours.round_number),
+                )
+                storage.set_aside(directory / complete_name(one.step), "late", disk)
 
 
 def _as_result(entry: FileEntry) -> WriteResult:

@@ -6,6 +6,7 @@ Every rank must see the same directory (one host, or a shared file system). Not 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tempfile
@@ -14,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 from elasticd.checkpoint.disk import DISK, Disk, new_file
 from elasticd.checkpoint.manifest import (
@@ -130,15 +132,19 @@ def begin(directory: Path, step: int, round_number: int, disk: Disk = DISK) -> P
     return temporary
 
 
-def publish(temporary: Path, manifest: Manifest, disk: Disk = DISK) -> Path:
-    """Write the manifest, flush everything, and give the directory its final name: durable, then visible.
-
-    OSError when a checkpoint of this step is already there: rename never replaces a directory that is not empty.
-    """
+def seal(temporary: Path, manifest: Manifest, disk: Disk = DISK) -> None:
+    """Write the manifest, and flush everything: the checkpoint is durable, and not yet visible."""
     with new_file(disk, temporary / MANIFEST_NAME) as file:
         file.write(encode_manifest(manifest))
     disk.sync_directory(temporary)
-    final = temporary.parent / complete_name(manifest.step)
+
+
+def publish(temporary: Path, step: int, disk: Disk = DISK) -> Path:
+    """Give a sealed directory its final name.
+
+    OSError when a checkpoint of this step is already there: rename never replaces a directory that is not empty.
+    """
+    final = temporary.parent / complete_name(step)
     disk.rename(temporary, final)
     disk.sync_directory(temporary.parent)
     return final
@@ -174,7 +180,7 @@ def check_contents(path: Path, entries: tuple[FileEntry, ...], pace: Pace | None
             found = describe_file(path / entry.name, pace)
         except OSError as error:
             raise CheckpointInvalid(f"{entry.name}: {error.strerror}") from error
-        if found != entry:
+        if (found.size_bytes, found.crc32) != (entry.size_bytes, entry.crc32):
             raise CheckpointInvalid(f"{entry.name} does not match its checksum")
 
 
@@ -186,12 +192,21 @@ def verify(path: Path, pace: Pace | None = None) -> Manifest:
     return manifest
 
 
-def set_aside(path: Path, disk: Disk = DISK) -> None:
-    """Give up the name of a checkpoint that does not verify, but keep its bytes for a person to look at."""
+def set_aside(path: Path, why: Literal["invalid", "late"], disk: Disk = DISK) -> None:
+    """Give up the name of a checkpoint that does not count, but keep its bytes for a person to look at."""
     number = 1
-    while (target := path.with_name(f"{path.name}.invalid-{number}")).exists():
+    while (target := path.with_name(f"{path.name}.{why}-{number}")).exists():
         number += 1
     disk.rename(path, target)
+
+
+def manifests(directory: Path) -> list[Manifest]:
+    """Those that can be read, newest first."""
+    found = []
+    for step in complete_steps(directory):
+        with contextlib.suppress(CheckpointInvalid):
+            found.append(read_manifest(directory / complete_name(step)))
+    return found
 
 
 def standing(directory: Path, *, newest: int | None = None) -> list[Standing]:

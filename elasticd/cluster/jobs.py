@@ -120,8 +120,10 @@ def drain_node(store: Store, node_id: NodeId) -> None:
 
 
 def undrain_node(store: Store, node_id: NodeId) -> bool:
-    """Whether it was drained."""
-    return store.delete(keys.drain(node_id))
+    """Whether it was drained, or in quarantine: that ends too, and its offences are forgotten."""
+    freed = [store.delete(key(node_id)) for key in (keys.drain, keys.quarantine)]
+    store.delete(keys.offences(node_id))
+    return any(freed)
 
 
 def _create(store: Store, spec: JobSpec) -> bool:
@@ -152,4 +154,9 @@ def _must_agree(mine: JobSpec, other: JobSpec) -> None:
         raise JobRefused(
             f"job {mine.job_id!r} runs with --nnodes {theirs[0]}:{theirs[1]}; you gave {ours[0]}:{ours[1]} "
             f"(`elasticd cancel {mine.job_id}` ends it)"
+        )
+    if mine.ranks_per_replica != other.ranks_per_replica:
+        raise JobRefused(
+            f"job {mine.job_id!r} runs with --ranks-per-replica {other.ranks_per_replica}; you gave "
+            f"{mine.ranks_per_replica} (`elasticd cancel {mine.job_id}` ends it)"
         )

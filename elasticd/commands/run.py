@@ -88,6 +88,7 @@ def make_spec(asked: dict[str, Any]) -> JobSpec:
         stop_timeout_s=_stop_timeout_s(asked),
         boundary_timeout_s=asked["boundary_timeout"],
         spares=asked["spares"],
+        ranks_per_replica=asked["ranks_per_replica"],
         by_run=True,
     )
 
@@ -141,6 +142,8 @@ def _config(asked: dict[str, Any], endpoints: tuple[str, ...], folder: Path) -> 
         node_id=asked["node_id"],
         base=base,
     )
+    if asked["memory_bytes"] is not None:
+        config = replace(config, memory=replace(config.memory, limit_bytes=asked["memory_bytes"]))
     if topology != Topology():
         config = replace(config, topology=topology)
     if not config.links.tls and not config.is_on_loopback:

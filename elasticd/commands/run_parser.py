@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes
 
+from elasticd.config import check_replicas
 from elasticd.errors import ConfigError
 
 _EPILOG = (
@@ -40,7 +41,16 @@ def make_parser() -> argparse.ArgumentParser:
     for level in ("zone", "rack", "switch"):
         own.add_argument(f"--{level}", default="", help=f"the {level} this node is in, for the order of ranks")
     own.add_argument("--spares", type=int, default=1, help="nodes above the maximum that are kept warm (default 1)")
+    own.add_argument(
+        "--ranks-per-replica", type=int, default=1, help="the world is a multiple of this; the other nodes are spares"
+    )
     own.add_argument("--boundary-timeout", type=float, default=30.0, help="seconds to wait for a step boundary")
+    own.add_argument(
+        "--memory-bytes",
+        type=int,
+        default=None,
+        help="how much memory copies of the workers' state may take here (default: a quarter of it; 0: none)",
+    )
     own.add_argument("--log-level", default="", help="DEBUG, INFO, WARNING (default) or ERROR")
     return parser
 
@@ -54,6 +64,8 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         raise ConfigError(f"--nnodes {plain['nnodes']!r} is neither N nor MIN:MAX") from error
     if not 1 <= plain["min_nodes"] <= plain["max_nodes"]:
         raise ConfigError(f"--nnodes {plain['nnodes']}: the minimum is above the maximum, or below 1")
+    if plain["memory_bytes"] is not None and plain["memory_bytes"] < 0:
+        raise ConfigError("--memory-bytes must not be negative")
     if plain["max_restarts"] < 0:
         raise ConfigError("--max-restarts must not be negative")
     try:
@@ -62,6 +74,10 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         raise ConfigError(f"--nproc-per-node {plain['nproc_per_node']}: {error}") from error
     if plain["nproc"] < 1:
         raise ConfigError(f"--nproc-per-node {plain['nproc_per_node']}: at least one worker is needed")
+    if plain["ranks_per_replica"] < 1:
+        raise ConfigError("--ranks-per-replica must be at least 1")
+    if plain["max_nodes"] == 1:  # of others nothing is known here: they may have other numbers of ranks
+        check_replicas("--ranks-per-replica: ", plain["ranks_per_replica"], plain["nproc"], 1, 1)
     _check_streams(plain)
     _check_script(plain)
     return plain

@@ -21,6 +21,7 @@ from elasticd.cluster.store import Store
 from elasticd.commands.connect import open_cluster
 from elasticd.core.model import JobId, Node
 from elasticd.core.records import to_plain
+from elasticd.core.seating import why_spare
 from elasticd.core.view import Job, View
 from elasticd.errors import StoreUnavailable
 
@@ -72,23 +73,27 @@ def _read(store: Store) -> dict[str, Any]:
 
 
 def describe(view: View, checkpoints: Mapping[JobId, Mapping[str, Any]]) -> dict[str, Any]:
-    """The cluster as plain data: ``nodes`` and ``jobs`` sorted by name, and ``unreadable`` records."""
+    """The cluster as plain data: ``nodes`` and ``jobs`` sorted by name, ``quarantines``, and ``unreadable`` records."""
     return {
         "nodes": [_node(view, held.value) for _, held in sorted(view.nodes.items())],
         "jobs": [_job(job_id, job, checkpoints.get(job_id)) for job_id, job in sorted(view.jobs.items())],
+        "quarantines": [to_plain(held.value) for _, held in sorted(view.quarantines.items())],
         "unreadable": dict(view.unreadable),
     }
 
 
 def _node(view: View, node: Node) -> dict[str, Any]:
     job_id, state, ranks = _part(view, node)
+    job = view.job(JobId(job_id)) if state == "spare" else None
     return {
         "node": node.node_id,
         "host": node.host,
         "address": node.address,
         "state": state,
         "drained": node.node_id in view.drains,
+        "quarantined": node.node_id in view.quarantines,
         "job": job_id,
+        "reason": why_spare(job.spec.value, job.round.value if job.round else None) if job and job.spec else "",
         "ranks": ranks,
         "cpus": node.capacity.cpu_count,
         "memory_bytes": node.capacity.memory_bytes,
@@ -144,10 +149,17 @@ def render(found: Mapping[str, Any]) -> Group:
             failure = job["failure"]
             where = f"node {failure['node_id']}, rank {failure['rank']}, exit code {failure['exit_code']}"
             parts.append(_wrong(job["job"], f": first error on {where}: {failure['message']}"))
+    parts += [_quarantine(one) for one in found.get("quarantines", [])]
     parts += [_wrong("unreadable", f" {key}: {why}") for key, why in found.get("unreadable", {}).items()]
     if found.get("store_error"):
         parts.append(_wrong("etcd does not answer", f": {found['store_error']}"))
     return Group(*parts)
+
+
+def _quarantine(record: Mapping[str, Any]) -> Text:
+    until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["until"]))
+    text = f" is in quarantine until {until}: {record['grounds']}: {record['reason']} (offence {record['offences']}); "
+    return _wrong(record["node_id"], f"{text}`elasticd undrain {record['node_id']}` ends it")
 
 
 def _wrong(what: str, text: str) -> Text:
@@ -158,7 +170,10 @@ def _wrong(what: str, text: str) -> Text:
 def _nodes_table(nodes: list[Mapping[str, Any]]) -> Table:
     table = _table("node", "address", "state", "job", "ranks", "cpus", "memory", "gpus")
     for node in nodes:
-        state = f"{node['state']}{' (drained)' if node['drained'] else ''}"
+        marks = [mark for mark in ("drained", "quarantined") if node[mark]]
+        state = f"{node['state']} ({', '.join(marks)})" if marks else node["state"]
+        if node["reason"]:
+            state += f": {node['reason']}"
         gpus = f"{len(node['gpus'])} x {node['gpus'][0]}" if node["gpus"] else "-"
         table.add_row(
             node["node"],

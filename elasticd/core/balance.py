@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from statistics import fmean, median
 
-from elasticd.core.plan import Shares, equal_shares
+from elasticd.core.plan import Shares, equal_shares, weighted_shares
 
 WINDOWS = 8
 #: Far off: slower or faster than is usual for this rank by this factor.
@@ -93,7 +93,8 @@ def _has_changed(windows: Sequence[float]) -> bool:
 
 def _usual(windows: Sequence[float]) -> float:
     middle = median(windows)
-    return fmean(each for each in windows if middle / FAR_OFF <= each <= middle * FAR_OFF or len(windows) < 3)
+    near = [each for each in windows if middle / FAR_OFF <= each <= middle * FAR_OFF or len(windows) < 3]
+    return fmean(near) if near else middle  # half of them fast and half slow, and none between
 
 
 def is_measure(seconds: float) -> bool:
@@ -115,9 +116,16 @@ def fit_caps(shares: Shares, caps: Sequence[int]) -> Shares:
     return tuple(fitted)
 
 
-def choose_first(micro_batches: int, caps: Sequence[int]) -> Shares:
-    """The shares of a world whose speeds are not known yet: equal, within the caps."""
-    return fit_caps(equal_shares(micro_batches, len(caps)), caps)
+def choose_first(micro_batches: int, caps: Sequence[int], weights: Sequence[float] = ()) -> Shares:
+    """The shares of a world whose speeds are not known yet: equal, or by weights that somebody gave, within the caps.
+
+    Rank r has weight ``weights[r % len(weights)]``, so that a world of any size has its weights.
+    """
+    world_size = len(caps)
+    if not weights:
+        return fit_caps(equal_shares(micro_batches, world_size), caps)
+    of_ranks = [weights[rank % len(weights)] for rank in range(world_size)]
+    return fit_caps(weighted_shares(micro_batches, of_ranks), caps)
 
 
 def choose_shares(shares: Shares, seconds: Sequence[float], caps: Sequence[int]) -> Decision:

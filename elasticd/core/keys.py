@@ -8,6 +8,10 @@ PREFIX = "/elasticd/v1/"
 NODES = PREFIX + "nodes/"
 JOBS = PREFIX + "jobs/"
 DRAINS = PREFIX + "drains/"
+EVICTIONS = PREFIX + "evictions/"
+OFFENCES = PREFIX + "offences/"
+QUARANTINES = PREFIX + "quarantines/"
+TALLY = PREFIX + "tally"
 
 
 def node(node_id: NodeId) -> str:
@@ -16,6 +20,18 @@ def node(node_id: NodeId) -> str:
 
 def drain(node_id: NodeId) -> str:
     return f"{DRAINS}{node_id}"
+
+
+def eviction(job_id: JobId, node_id: NodeId) -> str:
+    return f"{EVICTIONS}{job_id}/{node_id}"
+
+
+def offences(node_id: NodeId) -> str:
+    return f"{OFFENCES}{node_id}"
+
+
+def quarantine(node_id: NodeId) -> str:
+    return f"{QUARANTINES}{node_id}"
 
 
 def spec(job_id: JobId) -> str:

@@ -10,18 +10,20 @@ Not here: what the next round is (rendezvous.py), who is alive (membership.py), 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from elasticd.core import keys, messages
 from elasticd.core.deadline import StepDeadline
+from elasticd.core.evictions import kept_of, marks_of, note_speeds, report_of, suspect_of
 from elasticd.core.membership import Evidence, Link
-from elasticd.core.messages import Down, Effect, Event, Guard, PeerAddress, Report, Write
+from elasticd.core.messages import Down, Effect, Event, Guard, Mark, PeerAddress, Report, Write
 from elasticd.core.model import Failure, JobId, JobSpec, Node, NodeId, Phase, Round
 from elasticd.core.proposer import Proposer
-from elasticd.core.rendezvous import NothingToChange
+from elasticd.core.rendezvous import NothingToChange, Proposal
 from elasticd.core.scheduling import choose_job
 from elasticd.core.situation import Knowledge, assess, outsider_lost_all, peers_wanted, seniority, unreachable
 from elasticd.core.stages import Stage, Trigger, advance
+from elasticd.core.stragglers import Policy, SuspectKept
 from elasticd.core.task import Task
 from elasticd.core.versions import explain, speaks_otherwise, torch_versions
 from elasticd.core.view import Job, Keyed, View
@@ -46,6 +48,7 @@ class Settings:
     fixed_job: JobSpec | None = None
     shutdown_grace_s: float = 10.0
     step_floor_s: float = 60.0
+    stragglers: Policy = field(default_factory=Policy)
 
 
 class Machine:
@@ -62,6 +65,7 @@ class Machine:
         self.store_back_at = float("-inf")
         self.leaving_since: float | None = None
         self.ended: Round | None = None
+        self.trouble = ""
         self.wake_at: float | None = None
         self._proposer = Proposer()
         self._in_flight: set[Write] = set()
@@ -117,6 +121,9 @@ class Machine:
                 yield from self._link_changed(event, now)
             case messages.ShutdownRequested():
                 yield from self._shutdown(event, now)
+            case messages.GpuTroubled():
+                self.trouble = event.trouble
+                yield Report(event="gpu_trouble", details=(("trouble", event.trouble),))
             case messages.Ticked():
                 pass
             case _:
@@ -162,6 +169,10 @@ class Machine:
             case messages.BoundaryReached() if event.round_number == task.started_round:
                 task.sessions[event.rank] = event.step
                 yield self._report_round("boundary", event.round_number, step=event.step)
+            case messages.SpeedsMeasured() if event.round_number == task.started_round:
+                refused = note_speeds(task, event, now)
+                if refused:
+                    yield self._report_round("speeds_refused", event.round_number, reason=refused)
             case _:
                 pass  # about an older round: its workers are being stopped
 
@@ -229,9 +240,9 @@ class Machine:
 
     def _choose_job(self) -> Iterator[Effect]:
         me, fixed = self.node.node_id, self.settings.fixed_job
-        away = self.leaving_since is not None or me in self.view.drains
+        away = self.leaving_since is not None or me in self.view.cordoned or bool(self.trouble)
         if self.stage is Stage.IDLE and not away and not self._exited and self.view.loaded:
-            job_id = fixed.job_id if fixed else choose_job(self.view.jobs, me)
+            job_id = fixed.job_id if fixed else choose_job(self.view.jobs, me, aside=self.view.aside)
             if fixed and self.ended is not None:
                 return
             spec = fixed or (self._spec(job_id) if job_id else None)
@@ -239,7 +250,8 @@ class Machine:
                 yield from self._take(spec)
         elif self.task is not None and self.stage in (Stage.WAITING, Stage.PREPARING):
             job = self.view.job(self.task.spec.job_id)
-            moved = not fixed and choose_job(self.view.jobs, me, self.task.spec.job_id) != self.task.spec.job_id
+            current = self.task.spec.job_id
+            moved = not fixed and choose_job(self.view.jobs, me, current, aside=self.view.aside) != current
             seated = job.round is not None and job.round.value.seat_of(me) is not None
             if self.view.loaded and not seated and not job.over and (away or moved):
                 yield from self._end(self.task, Trigger.DISMISSED)
@@ -268,6 +280,9 @@ class Machine:
         task.remember(current, self.view.job(task.spec.job_id))
 
     def _enter_round(self, task: Task, current: Round) -> Iterator[Effect]:
+        evicted = report_of(current, task.spec.job_id, self.view) if current.proposer == self.node.node_id else None
+        if evicted is not None:
+            yield evicted
         seat = current.seat_of(self.node.node_id)
         if seat is not None and seat.boot_id == self.node.boot_id and self.stage is not Stage.PREPARING:
             task.enter(current.number)
@@ -317,7 +332,8 @@ class Machine:
             return
         job = self.view.job(job_id)
         lost = unreachable(self.links, job, self._watched)
-        wanted = task.member(self.node, self.stage, leaving=self.leaving_since is not None, unreachable=lost)
+        leaving = self.leaving_since is not None
+        wanted = task.member(self.node, self.stage, leaving=leaving, unreachable=lost, trouble=self.trouble)
         held = job.members.get(self.node.node_id)
         if held is None or held.value != wanted:
             self._in_flight.add(Write.MEMBER)
@@ -330,22 +346,31 @@ class Machine:
             return
         if not self._may_write(Write.ROUND) or Write.MEMBER in self._in_flight:
             return
-        situation = assess(self._knowledge(job, now), job, task, parked=task.parked() and self.stage is Stage.RUNNING)
+        parked = task.parked() and self.stage is Stage.RUNNING
+        situation = assess(self._knowledge(job, task, now), job, task, parked=parked)
+        situation = replace(situation, suspect=suspect_of(task, job, self.view, self.settings.stragglers, now))
         boundary_at = task.boundary_at() if self.stage is Stage.RUNNING else 0.0
-        due = self._proposer.consider(situation, seniority(situation, self.node.node_id, self.links), boundary_at, now)
+        place = seniority(situation, self.node.node_id, self.links)
+        due = self._proposer.consider(situation, place, boundary_at, now)
+        kept = kept_of(task, situation, self._proposer.reason) if place == 0 else None
+        if kept is not None:
+            yield kept
         if due.ask_boundary and task.boundary_asked is None:
             task.boundary_asked = (task.started_round, now)
-            yield messages.RequestBoundary(round_number=task.started_round)
+            yield messages.RequestBoundary(round_number=task.started_round, need=due.need)
             self._wake(now + task.spec.boundary_timeout_s)
         if due.wake_at is not None:
             self._wake(due.wake_at)
         if due.proposal is not None:
-            yield from self._write_round(task, job, mine, due.proposal.round, due.proposal.evict, due.waited_s)
-        elif job.round is None and task.last_round is not None and self._proposer.reason == NothingToChange():
+            yield from self._write_round(task, job, mine, due.proposal, due.waited_s)
+        elif job.round is None and task.last_round is not None and self._nothing_to_change():
             # The store came back empty: the world that stands is written again as it was.
-            yield from self._write_round(task, job, mine, task.last_round, frozenset(), 0.0)
+            yield from self._write_round(task, job, mine, Proposal(round=task.last_round), 0.0)
 
-    def _knowledge(self, job: Job, now: float) -> Knowledge:
+    def _nothing_to_change(self) -> bool:
+        return isinstance(self._proposer.reason, NothingToChange | SuspectKept)
+
+    def _knowledge(self, job: Job, task: Task, now: float) -> Knowledge:
         """What may count as evidence now: silence that began in an outage of the store may be our own."""
         linked = frozenset(peer.node_id for peer in self._watched)
         # What was heard of a node while it was a neighbour says nothing of it now.
@@ -359,15 +384,16 @@ class Machine:
         evidence = Evidence(
             me=self.node.node_id, links=links, store_up_s=store_up_s, lease_ttl_s=self.settings.lease_ttl_s
         )
-        return Knowledge(evidence=evidence, links=known, linked=linked, drained=frozenset(self.view.drains))
+        aside = self.view.aside(task.spec.job_id)
+        return Knowledge(evidence=evidence, links=known, linked=linked, drained=self.view.cordoned, aside=aside)
 
     def _write_round(
-        self, task: Task, job: Job, mine: Keyed[Node], wanted: Round, evict: frozenset[NodeId], waited_s: float
+        self, task: Task, job: Job, mine: Keyed[Node], proposal: Proposal, waited_s: float
     ) -> Iterator[Effect]:
-        job_id = task.spec.job_id
+        job_id, wanted = task.spec.job_id, proposal.round
         guards = [Guard(key=keys.node(self.node.node_id), create_revision=mine.create_revision)]
         deletes = [keys.cancel(job_id)] if wanted.phase.terminal else []  # or it would end the next job of this name
-        for node_id in sorted(evict)[:MAX_EVICTED]:
+        for node_id in sorted(proposal.evict)[:MAX_EVICTED]:
             known = self.view.nodes.get(node_id)
             guards.append(Guard(key=keys.node(node_id), create_revision=known.create_revision if known else 0))
             deletes += [keys.node(node_id), keys.member(job_id, node_id)]
@@ -379,6 +405,9 @@ class Machine:
             linger_s = LINGER_S[wanted.phase] if task.spec.by_run else KEPT_S
         self._in_flight.add(Write.ROUND)
         yield self._report_round("round_proposed", wanted.number, cause=wanted.cause.value, waited_s=waited_s)
+        marks: tuple[Mark, ...] = ()
+        if proposal.exchange is not None:
+            marks = marks_of(proposal.exchange, job_id, self.view, self.settings.stragglers)
         yield messages.ProposeRound(
             job_id=job_id,
             round=replace(wanted, proposer=self.node.node_id),
@@ -387,6 +416,7 @@ class Machine:
             delete_keys=tuple(deletes),
             linger_s=linger_s,
             spec=task.spec if job.spec is None else None,
+            marks=marks,
         )
 
     def _watch_peers(self) -> Iterator[Effect]:

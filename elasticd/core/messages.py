@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from elasticd.core.memory import Need
 from elasticd.core.model import BootId, Failure, JobId, JobSpec, Member, NodeId, Round
+from elasticd.core.stragglers import Eviction, Measured, Offences, Quarantine, Tally
 from elasticd.core.view import Entry
 
 # --- Events: the store ----------------------------------------------------------------------------
@@ -167,6 +169,14 @@ class BoundaryReached:
     step: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedsMeasured:
+    """How fast every rank of the world is, as a local rank heard it from all of them."""
+
+    round_number: int
+    measured: Measured
+
+
 # --- Events: the process itself -------------------------------------------------------------------
 
 
@@ -180,6 +190,13 @@ class ShutdownRequested:
     """``at_once``: without waiting for a step boundary."""
 
     at_once: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuTroubled:
+    """A GPU of this node is sick, and how; "" when none is any more."""
+
+    trouble: str
 
 
 Event = (
@@ -203,8 +220,10 @@ Event = (
     | StepCompleted
     | PauseReported
     | BoundaryReached
+    | SpeedsMeasured
     | Ticked
     | ShutdownRequested
+    | GpuTroubled
 )
 
 # --- Effects: the store ---------------------------------------------------------------------------
@@ -243,6 +262,17 @@ class Guard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A record to put beside a round: on a lease of its own that nobody keeps alive, or for good (``ttl_s`` 0)."""
+
+    key: str
+    record: Eviction | Offences | Quarantine | Tally
+    ttl_s: int = 0
+    #: The key must still be at this mod_revision (0: must not exist); None: whatever it is.
+    expected_mod_revision: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProposeRound:
     """Write the round if the round record is still at ``expected_mod_revision`` and every guard holds."""
 
@@ -255,6 +285,8 @@ class ProposeRound:
     linger_s: int = 0
     #: The job's spec, when the store has lost it.
     spec: JobSpec | None = None
+    #: What is written in the same transaction.
+    marks: tuple[Mark, ...] = ()
 
 
 # --- Effects: links, agent, workers ---------------------------------------------------------------
@@ -305,9 +337,10 @@ class EndAgent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestBoundary:
-    """Ask the local sessions to stop at the next common step boundary."""
+    """Ask the local sessions to stop at the next common step boundary, the state in such a place by then."""
 
     round_number: int
+    need: Need = Need.DISK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

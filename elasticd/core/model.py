@@ -68,6 +68,8 @@ class Node:
     python_version: str = ""
     protocol: int = PROTOCOL_VERSION
     metrics_address: str = ""
+    #: Where it takes and gives copies of workers' memory; 0: it keeps none.
+    memory_port: int = 0
 
     @property
     def metrics_target(self) -> str:
@@ -101,6 +103,12 @@ class JobSpec:
     boundary_timeout_s: float = 30.0
     #: Spares kept warm above the maximum; more nodes than that stay free for other jobs.
     spares: int = 1
+    #: A world is a multiple of so many ranks: those that hold one copy of the model together (tensor parallel, pipeline
+    #: stages, a sharded copy). Nodes that would break one up wait as spares.
+    ranks_per_replica: int = 1
+    #: A node this much slower than the median for so long is exchanged (stragglers.py); 0: never.
+    straggler_factor: float = 1.5
+    straggler_after_s: float = 60.0
     #: Made by ``elasticd run`` on each node (the command may differ by node and is not taken from here).
     by_run: bool = False
 
@@ -138,7 +146,8 @@ class Member:
     ``round_number`` is the round that ``state`` speaks of: FAILED and SUCCEEDED are about the workers of that round;
     READY says that the member can enter any later round. ``store_port`` is where its rendezvous store for the next
     round already listens (0: none yet). ``unreachable``: lives of nodes that this member's own links have lost, and
-    that hold no seat now: they are not let in beside it before its link is up again.
+    that hold no seat now: they are not let in beside it before its link is up again. ``trouble``: of a
+    GPU, "" for none.
     """
 
     node_id: NodeId
@@ -151,6 +160,7 @@ class Member:
     store_port: int = 0
     failure: Failure | None = None
     unreachable: tuple[BootId, ...] = ()
+    trouble: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +199,8 @@ class Cause(StrEnum):
     WORKER_FAILED = "worker_failed"
     DRAIN = "drain"
     LEAVE = "leave"
+    STRAGGLER = "straggler"  # a node that held the job up lost its seat
+    GPU_TROUBLE = "gpu_trouble"  # a node with a sick GPU lost its seat
     FINISHED = "finished"
     CANCELLED = "cancelled"
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 Shares = tuple[int, ...]
 
@@ -49,6 +50,19 @@ def equal_shares(micro_batches: int, world_size: int) -> Shares:
         raise ValueError(f"{micro_batches} micro-batches cannot be divided among {world_size} ranks")
     share, extra = divmod(micro_batches, world_size)
     return tuple(share + (rank < extra) for rank in range(world_size))
+
+
+def weighted_shares(micro_batches: int, weights: Sequence[float]) -> Shares:
+    """In proportion to the weights, as near as whole numbers can be; what is left over goes to the largest remainders,
+    and among equal ones to the first rank. ValueError when a weight is negative or not finite, or none is positive."""
+    if micro_batches < 1 or not all(isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
+        raise ValueError(f"{micro_batches} micro-batches cannot be divided by the weights {list(weights)}")
+    exact = [micro_batches * weight / sum(weights) for weight in weights]
+    shares = [int(each) for each in exact]
+    order = sorted(range(len(weights)), key=lambda rank: shares[rank] - exact[rank])
+    for rank in order[: micro_batches - sum(shares)]:
+        shares[rank] += 1
+    return tuple(shares)
 
 
 def make_plan(shares: Sequence[int]) -> Plan:

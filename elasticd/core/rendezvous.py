@@ -1,12 +1,13 @@
 """What the next round should be. Pure: a situation in, a proposal or the reason to wait out.
 
-Not here: who proposes and when (machine.py); who is alive (membership.py).
+Not here: who proposes and when (machine.py); who is alive (membership.py); which of the candidates make whole replicas
+(seating.py), and their order (ring.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elasticd.core.model import (
     Cause,
@@ -19,6 +20,9 @@ from elasticd.core.model import (
     Round,
     Seat,
 )
+from elasticd.core.ring import seat_members
+from elasticd.core.seating import choose_members
+from elasticd.core.stragglers import Exchange, Grounds, Suspect, SuspectKept, judge_suspect
 from elasticd.core.view import Keyed
 
 
@@ -28,7 +32,8 @@ class Situation:
 
     ``members`` leaves out those that are known to be dead and hold no seat; ``reachable``: members that may enter a
     world (linked); ``lost``: seats of the current round whose holder is gone; ``unsettled``: seats that cannot be
-    judged or named yet; ``finished``: seats known to have ended well, even if their holder has left since.
+    judged or named yet; ``finished``: seats known to have ended well, even if their holder has left since; ``aside``:
+    those who were evicted from this job, and come back only where the minimum is not met without them.
     """
 
     spec: JobSpec
@@ -40,6 +45,8 @@ class Situation:
     unsettled: frozenset[NodeId] = frozenset()
     drained: frozenset[NodeId] = frozenset()
     finished: frozenset[NodeId] = frozenset()
+    aside: frozenset[NodeId] = frozenset()
+    suspect: Suspect | None = None
     cancelled: bool = False
     #: The workers of the current round stand still at a step boundary: they need a new round in any case.
     parked: bool = False
@@ -53,12 +60,21 @@ class Proposal:
     evict: frozenset[NodeId] = frozenset()
     planned: bool = False
     settle_s: float = 0.0
+    exchange: Exchange | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TooFewNodes:
     have: int
     need: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoWholeReplicas:
+    """The ranks that there are make no replica, or none on as many nodes as are needed."""
+
+    ranks: int
+    per_replica: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +102,9 @@ class Over:
     phase: Phase
 
 
-Reason = TooFewNodes | StillPreparing | Unsettled | NoFreshStore | NothingToChange | Over
+Reason = (
+    TooFewNodes | NoWholeReplicas | StillPreparing | Unsettled | NoFreshStore | NothingToChange | SuspectKept | Over
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +146,9 @@ def _start(situation: Situation) -> Proposal | Wait:
         return Wait(StillPreparing(preparing))
     if len(ready) < situation.spec.min_nodes:
         return Wait(TooFewNodes(len(ready), situation.spec.min_nodes))
+    if not _chosen(situation, ready):
+        ranks = sum(situation.members[node].value.nproc for node in ready)
+        return Wait(NoWholeReplicas(ranks, situation.spec.ranks_per_replica))
     cause = Cause.START if situation.round is None else Cause.JOIN
     return _world(situation, ready, cause, settle_s=_settle_join_s(situation, ready))
 
@@ -157,11 +178,32 @@ def _planned(situation: Situation, current: Round, seats: frozenset[NodeId], sta
     if leaving:
         cause = Cause.DRAIN if leaving & situation.drained else Cause.LEAVE
         return _world(situation, stay, cause, planned=True)
-    if len(current.seats) < situation.spec.max_nodes and set(stay) - seats:
+    if len(current.seats) < situation.spec.max_nodes and set(_chosen(situation, stay)) - seats:
         return _world(situation, stay, Cause.JOIN, planned=True, settle_s=_settle_join_s(situation, stay))
+    verdict = _judge(situation, seats, stay)
+    if isinstance(verdict, Exchange):
+        return _exchanged(situation, stay, verdict)
     if situation.parked:
         return _world(situation, stay, Cause.JOIN, planned=True)
-    return Wait(NothingToChange())
+    return Wait(verdict or NothingToChange())
+
+
+def _judge(situation: Situation, seats: frozenset[NodeId], stay: Sequence[NodeId]) -> Exchange | SuspectKept | None:
+    suspect = situation.suspect
+    if suspect is None or suspect.node_id not in seats:
+        return None
+    return judge_suspect(suspect, seats, _chosen(situation, [node for node in stay if node != suspect.node_id]))
+
+
+def _exchanged(situation: Situation, stay: Sequence[NodeId], exchange: Exchange) -> Proposal | Wait:
+    suspect = exchange.suspect
+    cause = Cause.STRAGGLER if suspect.grounds is Grounds.SLOW else Cause.GPU_TROUBLE
+    found = _world(situation, [node for node in stay if node != suspect.node_id], cause, planned=True)
+    if isinstance(found, Wait):
+        return found
+    taken = f"{exchange.spare} takes its seat" if exchange.spare else "the world does without it"
+    reason = f"{suspect.node_id} is {suspect.grounds.value}: {suspect.reason}; {taken}"
+    return replace(found, round=replace(found.round, reason=reason), exchange=exchange)
 
 
 def _settle_join_s(situation: Situation, coming: Sequence[NodeId]) -> float:
@@ -177,12 +219,19 @@ def _after_failure(situation: Situation, current: Round, stay: Sequence[NodeId],
 
 
 def _together(situation: Situation, candidates: Sequence[NodeId], seats: frozenset[NodeId]) -> list[NodeId]:
-    """Those who hold seats; of the rest, the oldest first, whoever has not been lost by one who is in before him."""
+    """Those who hold seats; of the rest, the oldest first, whoever has not been lost by one who is in before him.
+
+    Those who were put aside are among them only where there is no world without them, as far as the minimum needs.
+    """
     together: list[NodeId] = []
     for node in sorted(candidates, key=lambda node: node not in seats):
         if node in seats or not any(_apart(situation, node, other) for other in together):
             together.append(node)
-    return together
+    last_resort = [node for node in together if node in situation.aside]
+    wanted = [node for node in together if node not in situation.aside]
+    if not last_resort or _chosen(situation, wanted):
+        return wanted
+    return wanted + last_resort[: max(0, situation.spec.min_nodes - len(wanted)) or len(last_resort)]
 
 
 def _apart(situation: Situation, one: NodeId, other: NodeId) -> bool:
@@ -247,10 +296,10 @@ def _world(
 ) -> Proposal | Wait:
     """A new round of these candidates; one that waits when they are too few."""
     previous = situation.round
-    chosen = _choose(candidates, previous, situation.spec.max_nodes)
-    enough = len(chosen) >= situation.spec.min_nodes
-    members = {node: situation.members[node].value for node in chosen} if enough else {}
-    seats = seat_members(members, previous)
+    chosen = _chosen(situation, candidates)
+    enough = bool(chosen)
+    members = {node: situation.members[node].value for node in chosen}
+    seats = seat_members(members, previous, situation.spec.ranks_per_replica)
     store = _store(seats, members, previous)
     if enough and store is None:
         return Wait(NoFreshStore())
@@ -288,60 +337,10 @@ def count_restart(previous: Round | None, cause: Cause) -> tuple[tuple[Cause, in
     return tuple(sorted(counts.items()))
 
 
-def _choose(candidates: Sequence[NodeId], previous: Round | None, limit: int) -> list[NodeId]:
-    """Those who have a seat first (nothing moves without need), then the oldest."""
-    held = {seat.node_id for seat in previous.seats} if previous else set()
-    return sorted(candidates, key=lambda node: node not in held)[:limit]
-
-
-def seat_members(members: Mapping[NodeId, Member], previous: Round | None) -> tuple[Seat, ...]:
-    """Ranks that stick: who had a place among the first n keeps it; the rest fill the gaps beside like neighbours."""
-    places: list[Member | None] = [None] * len(members)
-    rest = dict(members)
-    for seat in previous.seats if previous else ():
-        member = members.get(seat.node_id)
-        if member and member.boot_id == seat.boot_id and seat.group_rank < len(places):
-            places[seat.group_rank] = rest.pop(seat.node_id)
-    newcomers = sorted(rest.values(), key=lambda member: (member.topology.key(), member.node_id))
-    for at, place in enumerate(places):
-        if place is None:
-            places[at] = newcomers.pop(_nearest(places[at - 1] if at else None, newcomers))
-    return _number([place for place in places if place is not None])
-
-
-def _nearest(before: Member | None, newcomers: Sequence[Member]) -> int:
-    """The newcomer that shares most with the member before the gap; the first in topology order otherwise."""
-    if before is None:
-        return 0
-    return max(range(len(newcomers)), key=lambda i: (_shared(before, newcomers[i]), -i))
-
-
-def _shared(a: Member, b: Member) -> int:
-    """How many levels of the topology two members share, from the outermost in."""
-    shared = 0
-    for mine, other in zip(a.topology.key(), b.topology.key(), strict=True):
-        if mine != other:
-            break
-        shared += 1
-    return shared
-
-
-def _number(members: Sequence[Member]) -> tuple[Seat, ...]:
-    seats, first_rank = [], 0
-    for group_rank, member in enumerate(members):
-        seats.append(
-            Seat(
-                node_id=member.node_id,
-                boot_id=member.boot_id,
-                address=member.address,
-                group_rank=group_rank,
-                first_rank=first_rank,
-                nproc=member.nproc,
-                topology=member.topology,
-            )
-        )
-        first_rank += member.nproc
-    return tuple(seats)
+def _chosen(situation: Situation, candidates: Sequence[NodeId]) -> list[NodeId]:
+    """Those of them that make a world; empty when they are too few, or no whole replicas."""
+    members = [situation.members[node].value for node in candidates]
+    return choose_members(members, situation.round, situation.spec)
 
 
 def _store(seats: Sequence[Seat], members: Mapping[NodeId, Member], previous: Round | None) -> tuple[str, int] | None:

@@ -27,6 +27,7 @@ class Knowledge:
     links: Mapping[NodeId, Link]
     linked: frozenset[NodeId]
     drained: frozenset[NodeId]
+    aside: frozenset[NodeId] = frozenset()
 
 
 def assess(known: Knowledge, job: Job, task: Task, *, parked: bool) -> Situation:
@@ -53,6 +54,7 @@ def assess(known: Knowledge, job: Job, task: Task, *, parked: bool) -> Situation
         rebooted=_judged(verdicts, Verdict.REBOOTED),
         unsettled=_judged(verdicts, Verdict.REGISTERING) | _judged(verdicts, Verdict.UNCLEAR),
         drained=known.drained,
+        aside=known.aside,
         finished=frozenset(task.finished),
         cancelled=job.cancelled,
         parked=parked,

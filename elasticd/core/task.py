@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from elasticd.core.deadline import StepDeadline
 from elasticd.core.model import BootId, Failure, JobSpec, Member, MemberState, Node, NodeId, Round
 from elasticd.core.stages import Stage
+from elasticd.core.stragglers import SpeedWatch
 from elasticd.core.view import Job
 
 _STATES = {
@@ -30,6 +31,8 @@ class Task:
     sessions: dict[int, int | None] = field(default_factory=dict)  # rank -> step where it is parked
     boundary_asked: tuple[int, float] | None = None  # (round, when)
     deadline: StepDeadline = field(default_factory=StepDeadline)
+    speeds: SpeedWatch = field(default_factory=SpeedWatch)
+    told: set[object] = field(default_factory=set)  # of the speeds of this round: what was reported once
 
     def parked(self) -> bool:
         return bool(self.sessions) and all(step is not None for step in self.sessions.values())
@@ -39,6 +42,8 @@ class Task:
         self.started_round, self.failure, self.boundary_asked = number, None, None
         self.sessions, self.finished = {}, set()
         self.deadline.reset()
+        self.speeds.reset()
+        self.told = set()
 
     def remember(self, current: Round, job: Job) -> None:
         """Members that ended well may leave before the others have."""
@@ -55,7 +60,15 @@ class Task:
             return None
         return self.boundary_asked[1] + self.spec.boundary_timeout_s
 
-    def member(self, node: Node, stage: Stage, *, leaving: bool, unreachable: tuple[BootId, ...] = ()) -> Member:
+    def tell(self, what: object) -> bool:
+        """Whether this was not told in this round yet."""
+        new = what not in self.told
+        self.told.add(what)
+        return new
+
+    def member(
+        self, node: Node, stage: Stage, *, leaving: bool, unreachable: tuple[BootId, ...] = (), trouble: str = ""
+    ) -> Member:
         """The record that says what this node is to the job."""
         state = _STATES.get(stage, MemberState.READY)
         if leaving and state in (MemberState.READY, MemberState.PREPARING):
@@ -72,4 +85,5 @@ class Task:
             store_port=self.store_port,
             failure=self.failure if state is MemberState.FAILED else None,
             unreachable=unreachable,
+            trouble=trouble,
         )

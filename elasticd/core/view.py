@@ -13,8 +13,10 @@ from typing import Any, Generic, TypeVar
 from elasticd.core import keys
 from elasticd.core.model import JobId, JobSpec, Member, Node, NodeId, Round
 from elasticd.core.records import from_json
+from elasticd.core.stragglers import Eviction, Offences, Quarantine, Tally
 from elasticd.errors import ProtocolError
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -60,11 +62,16 @@ class View:
     nodes: dict[NodeId, Keyed[Node]] = field(default_factory=dict)
     jobs: dict[JobId, Job] = field(default_factory=dict)
     drains: set[NodeId] = field(default_factory=set)
+    evictions: dict[tuple[JobId, NodeId], Keyed[Eviction]] = field(default_factory=dict)
+    offences: dict[NodeId, Keyed[Offences]] = field(default_factory=dict)
+    quarantines: dict[NodeId, Keyed[Quarantine]] = field(default_factory=dict)
+    tally: Keyed[Tally] | None = None
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def replace(self, entries: Iterable[Entry], revision: int) -> None:
         """A snapshot: what it does not hold does not exist."""
         self.nodes, self.jobs, self.drains, self.unreadable = {}, {}, set(), {}
+        self.evictions, self.offences, self.quarantines, self.tally = {}, {}, {}, None
         for entry in entries:
             self._apply(entry)
         self.revision, self.loaded = revision, True
@@ -78,12 +85,30 @@ class View:
     def job(self, job_id: JobId) -> Job:
         return self.jobs.get(job_id) or Job()
 
+    @property
+    def cordoned(self) -> frozenset[NodeId]:
+        """Nodes that take no job: drained, or in quarantine."""
+        return frozenset(self.drains) | frozenset(self.quarantines)
+
+    def aside(self, job_id: JobId) -> frozenset[NodeId]:
+        """Nodes that were evicted from this job."""
+        return frozenset(node for job, node in self.evictions if job == job_id)
+
     def _apply(self, entry: Entry) -> None:
         self.unreadable.pop(entry.key, None)
         if entry.key.startswith(keys.NODES):
             self._record(self.nodes, NodeId(entry.key.removeprefix(keys.NODES)), Node, entry)
         elif entry.key.startswith(keys.DRAINS):
             self._mark(entry)
+        elif entry.key.startswith(keys.EVICTIONS):
+            job_id, _, node_id = entry.key.removeprefix(keys.EVICTIONS).partition("/")
+            self._record(self.evictions, (JobId(job_id), NodeId(node_id)), Eviction, entry)
+        elif entry.key.startswith(keys.OFFENCES):
+            self._record(self.offences, NodeId(entry.key.removeprefix(keys.OFFENCES)), Offences, entry)
+        elif entry.key.startswith(keys.QUARANTINES):
+            self._record(self.quarantines, NodeId(entry.key.removeprefix(keys.QUARANTINES)), Quarantine, entry)
+        elif entry.key == keys.TALLY:
+            self.tally = self._parse(Tally, entry)
         elif entry.key.startswith(keys.JOBS):
             self._apply_job(entry)
 
@@ -108,12 +133,12 @@ class View:
         if job.spec is None and job.round is None and not job.members and not job.cancelled:
             del self.jobs[JobId(job_id)]
 
-    def _record(self, table: dict[NodeId, Any], node_id: NodeId, kind: type[Any], entry: Entry) -> None:
+    def _record(self, table: dict[K, Any], name: K, kind: type[Any], entry: Entry) -> None:
         parsed = self._parse(kind, entry)
         if parsed is None:
-            table.pop(node_id, None)
+            table.pop(name, None)
         else:
-            table[node_id] = parsed
+            table[name] = parsed
 
     def _parse(self, kind: type[T], entry: Entry) -> Keyed[T] | None:
         if entry.value is None:

@@ -18,9 +18,14 @@ from elasticd.channel import MAX_LINE_BYTES, Channel, Message, decode, encode
 from elasticd.core import messages
 from elasticd.core.messages import Event
 from elasticd.core.model import Failure, JobId, NodeId
+from elasticd.core.stragglers import Measured
 from elasticd.errors import ChannelClosed, OperatorError, ProtocolError
 
 log = logging.getLogger(__name__)
+
+
+#: Why a worker's request for copies in RAM is refused by a daemon that keeps none.
+NO_MEMORY = "this node keeps no copies in RAM: memory.limit_bytes is 0"
 
 
 class Caller:
@@ -40,7 +45,11 @@ class Caller:
 
 
 class Commits(Protocol):
-    def __call__(self, caller: Caller, round_number: int, step: int, path: str) -> None: ...
+    """What a worker asks of its round's fence; each answers by itself."""
+
+    def commit(self, caller: Caller, round_number: int, step: int, path: str) -> None: ...
+
+    def confirm(self, caller: Caller, round_number: int, step: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +64,16 @@ class Rebalancing:
     after_s: float
 
 
+class MemoryDesk(Protocol):
+    """What becomes of workers' requests for copies in RAM, and that a worker is gone."""
+
+    def handle(self, caller: Caller, message: Message) -> None: ...
+
+    def left(self, caller: Caller) -> None: ...
+
+
 class LocalServer:
-    """``post`` takes events; ``commit`` answers by itself.
+    """``post`` takes events; ``commits`` answers by itself.
 
     ``observe`` gets what is only for the metrics, and ``rebalanced`` what workers decided about their shares.
     """
@@ -66,11 +83,12 @@ class LocalServer:
         node_id: NodeId,
         post: Callable[[Event], None],
         observe: Callable[[Caller, Message], None],
-        commit: Commits,
+        commits: Commits,
         rebalanced: Callable[[Caller, Rebalancing], None],
+        memory: MemoryDesk | None = None,
     ) -> None:
-        self._node_id, self._post, self._observe, self._commit = node_id, post, observe, commit
-        self._rebalanced = rebalanced
+        self._node_id, self._post, self._observe, self._commits = node_id, post, observe, commits
+        self._rebalanced, self._memory = rebalanced, memory
         self._server: asyncio.Server | None = None
         self._callers: set[Caller] = set()
         self._agent: Caller | None = None
@@ -133,6 +151,8 @@ class LocalServer:
             self._agent = None
             self._post(messages.AgentExited(job_id=caller.job_id, reason="its connection ended"))
         elif caller.kind == "worker":
+            if self._memory is not None:
+                self._memory.left(caller)
             self._post(messages.SessionLeft(round_number=caller.round_number, rank=caller.rank))
 
     def _receive(self, caller: Caller, message: Message) -> None:
@@ -182,12 +202,20 @@ class LocalServer:
             case "boundary":
                 step = int(message["step"])
                 self._post(messages.BoundaryReached(round_number=number, rank=caller.rank, step=step))
+            case "speeds":
+                self._post(messages.SpeedsMeasured(round_number=number, measured=_measured(message)))
             case "rebalanced":
                 self._rebalanced(caller, _rebalancing(number, message))
-            case "checkpoint" | "passed_over":
+            case "memory" if self._memory is not None:
+                self._memory.handle(caller, message)
+            case "memory":
+                caller.send({"type": "memory_answer", "id": int(message["id"]), "ok": False, "reason": NO_MEMORY})
+            case "checkpoint" | "passed_over" | "restored" | "memory_copied":
                 self._observe(caller, message)
             case "commit":
-                self._commit(caller, number, int(message["step"]), str(message["path"]))
+                self._commits.commit(caller, number, int(message["step"]), str(message["path"]))
+            case "fence":
+                self._commits.confirm(caller, number, int(message["step"]))
             case other:
                 raise ProtocolError(f"a worker does not say {other!r}")
 
@@ -211,6 +239,14 @@ def _rebalancing(round_number: int, plain: Message) -> Rebalancing:
         reason=str(plain["reason"])[:256],
         before_s=float(plain.get("before_s", 0.0)),
         after_s=float(plain.get("after_s", 0.0)),
+    )
+
+
+def _measured(plain: Message) -> Measured:
+    return Measured(
+        seconds=tuple(float(each) for each in plain["seconds"]),
+        shares=tuple(int(share) for share in plain.get("shares", ())),
+        balanced=bool(plain.get("balanced", False)),
     )
 
 

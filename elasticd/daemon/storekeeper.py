@@ -12,12 +12,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from elasticd.cluster.store import Change, Compare, Delete, KeyValue, Operation, Put, Store, Watch
 from elasticd.core import keys, messages
 from elasticd.core.messages import Event, Write
 from elasticd.core.model import Node
 from elasticd.core.records import from_json, to_json
+from elasticd.core.stragglers import Tally
 from elasticd.core.view import Entry
 from elasticd.errors import (
     Compacted,
@@ -91,6 +93,10 @@ class StoreKeeper:
     def commit(self, key: str, value: str, guard: Compare, answer: Callable[[bool, str], None]) -> None:
         """A record of commit under a guard; retried until the store answers. ``answer`` is called from a thread."""
         self._writes.put(lambda: self._commit(key, value, guard, answer))
+
+    def confirm(self, guard: Compare, answer: Callable[[bool | None, str], None]) -> None:
+        """Whether a guard holds now; None when the store gives no answer. ``answer`` is called from a thread."""
+        self._writes.put(lambda: self._confirm(guard, answer))
 
     def close(self) -> None:
         """Gives the lease back, so that the others need not wait for it."""
@@ -216,6 +222,15 @@ class StoreKeeper:
         compares += [Compare(key=guard.key, create_revision=guard.create_revision) for guard in effect.guards]
         operations: list[Operation] = [Put(key=key, value=to_json(effect.round), lease=lease)]
         operations += [Delete(key=doomed) for doomed in effect.delete_keys]
+        compares += [
+            Compare(key=mark.key, mod_revision=mark.expected_mod_revision)
+            for mark in effect.marks
+            if mark.expected_mod_revision is not None
+        ]
+        leases = {mark.key: self._store.grant(mark.ttl_s) for mark in effect.marks if mark.ttl_s}
+        operations += [
+            Put(key=mark.key, value=to_json(_dated(mark)), lease=leases.get(mark.key, 0)) for mark in effect.marks
+        ]
         if effect.spec is not None:
             operations.append(Put(key=keys.spec(effect.job_id), value=to_json(effect.spec), lease=lease))
         if lease:  # all that the job leaves behind goes with its last record
@@ -223,6 +238,9 @@ class StoreKeeper:
             written = {operation.key for operation in operations}
             operations += [Put(key=kv.key, value=kv.value, lease=lease) for kv in held if kv and kv.key not in written]
         result = self._store.txn(compares, operations)
+        if not result.succeeded:
+            for granted in leases.values():
+                self._store.revoke(granted)
         return result.succeeded, result.revision if result.succeeded else 0
 
     def _register(self) -> tuple[bool, int]:
@@ -268,6 +286,15 @@ class StoreKeeper:
             answer(done, "" if done else "a newer round stands")
             return
 
+    def _confirm(self, guard: Compare, answer: Callable[[bool | None, str], None]) -> None:
+        try:
+            holds = self._store.txn([guard], []).succeeded
+        except StoreUnavailable:
+            self._seen_down()
+            answer(None, "etcd gives no answer")
+        else:
+            answer(holds, "" if holds else "a newer round stands")
+
     def _read_back(self, key: str) -> str | None:
         """Whether an unanswered transaction happened after all; waits until the store can tell."""
         while not self._closing.wait(RETRY_S):
@@ -302,6 +329,12 @@ def wait_until_reachable(store: Store, patience_s: float) -> None:
             time.sleep(RETRY_S)
         else:
             return
+
+
+def _dated(mark: messages.Mark) -> object:
+    """The record with the end of its lease in Unix time, for people."""
+    record = mark.record
+    return record if isinstance(record, Tally) else replace(record, until=time.time() + mark.ttl_s)
 
 
 def _entry(found: KeyValue) -> Entry:

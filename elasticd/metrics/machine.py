@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import Metric
 from elasticd.core.machine import Machine
 from elasticd.core.model import Cause, JobId, Node, NodeId, Phase
 from elasticd.core.stages import Stage
+from elasticd.core.stragglers import Grounds
 from elasticd.core.task import Task
 from elasticd.core.view import View
 from elasticd.metrics import definitions
@@ -26,7 +27,7 @@ def is_registered(machine: Machine) -> bool:
 
 
 def is_leaving(machine: Machine) -> bool:
-    return machine.leaving_since is not None or machine.node.node_id in machine.view.drains
+    return machine.leaving_since is not None or machine.node.node_id in machine.view.cordoned
 
 
 def node_families(machine: Machine) -> Iterator[Metric]:
@@ -49,7 +50,15 @@ def node_families(machine: Machine) -> Iterator[Metric]:
     yield from (build, stage, jobs, peers)
     yield definitions.REGISTERED.of(is_registered(machine))
     yield definitions.LEAVING.of(is_leaving(machine))
+    yield definitions.GPU_TROUBLE.of(bool(machine.trouble))
     yield definitions.CLUSTER_NODES.of(len(view.nodes))
+    yield definitions.QUARANTINED.of(len(view.quarantines))
+    yield definitions.EVICTION_BUDGET.of(machine.settings.stragglers.allowed(len(view.nodes)))
+    evictions = definitions.EVICTIONS.family()
+    standing = Counter(held.value.grounds for held in view.evictions.values())
+    for grounds in Grounds:
+        evictions.add_metric([grounds.value], standing[grounds])
+    yield evictions
 
 
 def peers_of(machine: Machine) -> frozenset[NodeId]:
@@ -81,6 +90,11 @@ def job_families(machine: Machine, task: Task) -> Iterator[Metric]:
     for cause in Cause:  # those at 0 too: an increase from nothing is none
         restarts.add_metric([spec.job_id, cause.value], current.restarts_by(cause))
     yield restarts
+    slowdown = definitions.SLOWDOWN.family()
+    known = task.speeds.slowdowns.get(machine.node.node_id)
+    if known is not None:
+        slowdown.add_metric([spec.job_id], known)
+    yield slowdown
 
 
 def target_groups(view: View, scheme: str) -> list[dict[str, Any]]:
@@ -118,5 +132,6 @@ def health(machine: Machine, *, store_up: bool) -> dict[str, Any]:
         "node": machine.node.node_id,
         "store": "up" if store_up else "away; training goes on, changes of the world wait",
         "stage": machine.stage.value,
+        "gpu_trouble": machine.trouble,
         "job_id": machine.task.spec.job_id if machine.task is not None else None,
     }

@@ -36,7 +36,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """One completed step of one rank, written by a training script. ``sample``: what it trained on, if it says so."""
+    """One completed step of one rank, written by a training script.
+
+    ``samples``: what it trained on, ``loss``: the mean over the step, if it says so.
+    """
 
     t: float
     round_number: int
@@ -46,6 +49,7 @@ class Trained:
     node: str = ""
     pid: int = 0
     samples: tuple[int, ...] = ()
+    loss: float | None = None
 
 
 class Tail:
@@ -86,8 +90,14 @@ def parse_trained(line: Mapping[str, Any]) -> Trained:
         world=line["world"],
         node=line.get("node", ""),
         pid=line.get("pid", 0),
-        samples=tuple(line.get("samples", ())),
+        samples=tuple(line.get("samples", line.get("ids", ()))),
+        loss=line.get("loss"),
     )
+
+
+def read_trained(file: Path) -> list[Trained]:
+    """All whole lines of one file, in the order in which they were written; none when it is not there."""
+    return [parse_trained(line) for line in Tail().read([file])]
 
 
 def events_of(history: Sequence[Event], *names: str, job: str = "") -> list[Event]:

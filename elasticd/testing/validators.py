@@ -250,6 +250,30 @@ def samples_count_once(
     return found
 
 
+def same_as(reference: Sequence[Trained], trained: Sequence[Trained], relative: float) -> list[Violation]:
+    """Every step that counts has the samples of the same step of ``reference``; no loss, not even of a step that was
+    done again, is further from it than by this part of it. The reference is the ledger of a run without faults."""
+    wanted: dict[int, list[Trained]] = defaultdict(list)
+    for line in reference:
+        wanted[line.step].append(line)
+    found = []
+    kept = _steps_that_count(trained)
+    for step, lines in sorted(wanted.items()):
+        ours, theirs = _samples(kept.get(step, ())), _samples(lines)
+        if ours != theirs:
+            found.append(_sample_violation(f"step {step} has samples {ours[:10]}..., not {theirs[:10]}..."))
+    for line in trained:
+        known = next((other.loss for other in wanted.get(line.step, ())), None)
+        if known is None or line.loss is None or not abs(line.loss - known) <= relative * abs(known):
+            what = f"loss {line.loss} in step {line.step} of a world of {line.world}, where it should be {known}"
+            found.append(Violation(rule="same_as", t=line.t, node=line.node, what=what))
+    return found
+
+
+def _samples(lines: Iterable[Trained]) -> list[int]:
+    return sorted(sample for line in lines for sample in line.samples)
+
+
 def _steps_that_count(trained: Sequence[Trained]) -> dict[int, list[Trained]]:
     by_round: dict[int, list[Trained]] = defaultdict(list)
     for line in trained:

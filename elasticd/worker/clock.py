@@ -53,7 +53,7 @@ class CudaMark:
 
 
 class MicroBatchClock:
-    """Called in this order, once a step: begin, begin_last, end. One that raised is begun anew."""
+    """Called in this order, once a step: begin, begin_last, end or end_together. One that raised is begun anew."""
 
     def __init__(self, device: torch.device) -> None:
         self._mark: type[CpuMark | CudaMark] = CudaMark if device.type == "cuda" else CpuMark
@@ -93,6 +93,12 @@ class MicroBatchClock:
             self._pending.append((began, began_last, self._count - 1))
         else:
             self._pending.append((began, self._mark(), 1))
+
+    def end_together(self) -> None:
+        """Of micro-batches that a pipeline computed: with the waiting, where their end cannot be seen without."""
+        assert self._began is not None
+        self._began_last = None
+        self._pending.append((self._began, self._gradient or self._mark(), self._count))
 
     def take(self) -> float:
         """The mean since the last call; NaN when nothing was measured. What the device has not done yet is left."""

@@ -14,12 +14,15 @@ the network instead of four, and after the backward pass instead of beside it.
 What it does not make the same on any world: anything but the gradients. Kernels must be deterministic
 (``torch.use_deterministic_algorithms``) and of one kind (the same GPU, the same number of CPU threads); buffers that
 depend on the batches a rank has seen (BatchNorm's running means) are each rank's own; fp16 loss scaling reacts to
-infinities, which raise here. Sharded models are refused: FSDP2 adds up in its own way.
+infinities, which raise here. Sharded models are refused: FSDP2 adds up in its own way. So are pipelines.
+
+Tensor parallel: the bits are the same on any number of replicas, but those of one split into two parts are not those of
+one in three. The model is split and not wrapped; its first values must be the same on all replicas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import frexp
 
 import torch
@@ -29,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from elasticd.errors import ConfigError, NotFinite
 from elasticd.worker.gradients import replicas, trained
+from elasticd.worker.layout import Arrangement
 from elasticd.worker.state import Registered
 
 #: The sum stays below 2**62, and so, with what rounding adds, inside an int64.
@@ -44,15 +48,19 @@ _ABSENT = -1.0
 class ExactGradients:
     """ConfigError when the model is sharded."""
 
-    def __init__(self, registered: Registered, *, micro_batches: int, world_size: int) -> None:
+    def __init__(self, registered: Registered, *, micro_batches: int, arranged: Arrangement) -> None:
         model = trained(registered)
         self._named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
-        if any(isinstance(each, DTensor) for _, each in self._named) or isinstance(model, FSDPModule):
+        meshes = {each.device_mesh.size() for _, each in self._named if isinstance(each, DTensor)}
+        if meshes - {arranged.layout.tensor} or isinstance(model, FSDPModule) or arranged.layout.pipeline > 1:
             raise ConfigError(
-                "exact mode needs the whole model on each rank: use DistributedDataParallel, or no wrapper"
+                "exact mode needs the whole model on each rank, or on each tensor-parallel replica of the layout: use "
+                "DistributedDataParallel, or no wrapper"
             )
+        self._across = arranged.make_group_across()
         self._replicas = replicas(registered)
-        self._micro_batches, self._world_size = micro_batches, world_size
+        self._micro_batches, self._world_size = micro_batches, arranged.world_size
+        self.scale = 1.0
         self._kept: list[list[torch.Tensor]] = []
 
     def clear(self, *, unequal: bool) -> None:  # noqa: ARG002
@@ -68,7 +76,7 @@ class ExactGradients:
         if counts:
             for kept, (_, parameter) in zip(self._kept, self._named, strict=True):
                 if parameter.grad is not None:
-                    kept.append(parameter.grad)
+                    kept.append(_part_of(parameter.grad, parameter))
         self._drop()
 
     def finish(self) -> None:
@@ -77,18 +85,14 @@ class ExactGradients:
         exponents = [exponent_for(magnitude, self._micro_batches) for magnitude in magnitudes]
         present = [index for index, magnitude in enumerate(magnitudes) if magnitude != _ABSENT]
         for bucket in self._buckets(present):
-            sizes = [self._named[index][1].numel() for index in bucket]
-            summed = torch.zeros(sum(sizes), dtype=torch.int64, device=self._named[bucket[0]][1].device)
-            parts = list(zip(bucket, torch.split(summed, sizes), strict=True))
-            for index, part in parts:
-                add_fixed(part, [each.reshape(-1) for each in self._kept[index]], exponents[index])
-                self._kept[index] = []
+            summed = torch.cat([self._summed(index, exponents[index]) for index in bucket])
             if self._world_size > 1:
-                dist.all_reduce(summed)
-            for index, part in parts:
+                dist.all_reduce(summed, group=self._across)
+            sizes = [_own(self._named[index][1]).numel() for index in bucket]
+            for index, part in zip(bucket, torch.split(summed, sizes), strict=True):
                 parameter = self._named[index][1]
-                mean = from_fixed(part, exponents[index]).div_(self._micro_batches)
-                parameter.grad = mean.to(parameter.dtype).view_as(parameter)
+                mean = from_fixed(part, exponents[index]) / self._micro_batches
+                parameter.grad = _like(mean.to(parameter.dtype), parameter)
         self._kept = []
 
     def _drop(self) -> None:
@@ -101,8 +105,9 @@ class ExactGradients:
             return []
         device = self._named[0][1].device
         absent = torch.tensor(_ABSENT, dtype=torch.float64, device=device)
-        largest = torch.stack([_magnitude(kept) if kept else absent for kept in self._kept])
-        largest = torch.where(torch.isfinite(largest), largest, float("inf"))  # a maximum over ranks may lose a NaN
+        largest = torch.stack(
+            [torch.stack([_magnitude(g) for g in kept]).max() if kept else absent for kept in self._kept]
+        )
         if self._world_size > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         found: list[float] = largest.tolist()
@@ -113,12 +118,20 @@ class ExactGradients:
         if bad:
             raise NotFinite(f"the gradient of {bad[0]} ({len(bad)} parameters in all) is infinite or not a number")
 
+    def _summed(self, index: int, exponent: int) -> torch.Tensor:
+        parameter = self._named[index][1]
+        total = torch.zeros(_own(parameter).numel(), dtype=torch.int64, device=parameter.device)
+        for gradient in self._kept[index]:
+            total += to_fixed(gradient.reshape(-1), exponent)
+        self._kept[index] = []
+        return total
+
     def _buckets(self, indices: list[int]) -> Iterator[list[int]]:
         bucket: list[int] = []
         elements = 0
         for index in indices:
             bucket.append(index)
-            elements += self._named[index][1].numel()
+            elements += _own(self._named[index][1]).numel()
             if elements >= BUCKET_ELEMENTS:
                 yield bucket
                 bucket, elements = [], 0
@@ -142,14 +155,32 @@ def from_fixed(values: torch.Tensor, exponent: int) -> torch.Tensor:
     return values.double().mul_(2.0**-exponent)
 
 
-def add_fixed(total: torch.Tensor, values: Sequence[torch.Tensor], exponent: int) -> None:
-    """Add all of these, each as long as ``total`` and in one dimension, to it in fixed point."""
-    for each in values:
-        total += to_fixed(each, exponent)
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _magnitude(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The largest of all, in float64; not a number where one is."""
-    if gradients[0].numel() == 0:
-        return torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-    return torch.stack([torch.linalg.vector_norm(each, ord=float("inf")) for each in gradients]).max().double()
+def _part_of(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a gradient, split as its parameter is."""
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return _own(gradient)
+
+
+def _like(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``_part_of``; ``part`` is flat."""
+    shaped = part.view_as(_own(parameter))
+    if not isinstance(parameter, DTensor):
+        return shaped
+    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    whole: torch.Tensor = DTensor.from_local(
+        shaped, mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )
+    return whole
+
+
+def _magnitude(gradient: torch.Tensor) -> torch.Tensor:
+    if gradient.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=gradient.device)
+    largest = torch.linalg.vector_norm(gradient, ord=float("inf")).double()
+    return torch.where(torch.isfinite(largest), largest, float("inf"))

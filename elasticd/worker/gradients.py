@@ -1,9 +1,9 @@
 """The gradients of a step's micro-batches become one mean, the same on any world and under any shares.
 
 A micro-batch's loss is the mean over its samples, and all have the same size: the step's loss is the mean over its
-micro-batches. DDP and FSDP2 average over ranks instead, so each loss is multiplied by ranks / micro-batches; and ranks
-talk only in the backward pass of their last micro-batch. A rank that has none computes a stand-in with weight zero, to
-take part in that.
+micro-batches. DDP and FSDP2 average over replicas instead (layout.py; without a layout each rank is one), so a loss is
+multiplied by replicas / micro-batches; and replicas talk only in the backward pass of their last micro-batch. One that
+has none computes a stand-in with weight zero, to take part in that.
 
 Under FSDP2 a forward pass gathers parameters from all ranks, so ranks with unequal shares would wait for each other for
 ever. Parameters are gathered once a step then, and stay whole until its last backward pass, which costs the memory that
@@ -23,11 +23,18 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elasticd.errors import ConfigError
+from elasticd.worker.layout import Arrangement
 from elasticd.worker.state import Registered
 
 
 class Gradients(Protocol):
-    """Called in this order, once a step: clear, then (before, backward) for each micro-batch, then finish."""
+    """Called in this order, once a step: clear, then (before, backward) for each micro-batch, then finish.
+
+    A pipeline does the passes itself, with ``scale`` for ``backward``.
+    """
+
+    #: What a micro-batch's mean loss is multiplied by.
+    scale: float
 
     def clear(self, *, unequal: bool) -> None:
         """Gradients of an earlier step, or of one that was given up, are gone. ``unequal``: the shares of this step."""
@@ -47,14 +54,14 @@ class Gradients(Protocol):
 class MeanGradients:
     """By the model's own DDP or FSDP2. ConfigError when it has neither and there are several ranks."""
 
-    def __init__(self, registered: Registered, *, micro_batches: int, world_size: int) -> None:
+    def __init__(self, registered: Registered, *, micro_batches: int, arranged: Arrangement) -> None:
         self._zero = registered.optimizer or trained(registered)
-        self._scale = world_size / micro_batches
+        self.scale = arranged.replicas / micro_batches
         self._weights: dict[tuple[float, torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
         self._whole = False
         self._replicas, self._shards = replicas(registered), shards(registered)
-        if world_size > 1:
-            self._check_layout(trained(registered), world_size)
+        if arranged.world_size > 1:
+            self._check_layout(trained(registered), arranged)
 
     def clear(self, *, unequal: bool) -> None:
         self._zero.zero_grad()
@@ -72,7 +79,7 @@ class MeanGradients:
                 module.set_reshard_after_backward(last, recurse=False)
 
     def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
-        loss.backward(self._weight(loss, self._scale if counts else 0.0))  # type: ignore[no-untyped-call]
+        loss.backward(self._weight(loss, self.scale if counts else 0.0))  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
         pass
@@ -84,22 +91,36 @@ class MeanGradients:
             self._weights[key] = torch.full_like(loss, value)
         return self._weights[key]
 
-    def _check_layout(self, model: torch.nn.Module, world_size: int) -> None:
-        """Every rank is to compute micro-batches of its own, and gradients are to be averaged over all of them."""
-        if not (self._replicas or self._shards):
+    def _check_layout(self, model: torch.nn.Module, arranged: Arrangement) -> None:
+        """Each replica is to compute micro-batches of its own, and gradients are to be averaged over all of them."""
+        if arranged.replicas > 1 and not (self._replicas or self._shards):
             raise ConfigError(
-                "nothing averages the gradients of this model over its ranks: wrap it in DistributedDataParallel, "
-                "or in fully_shard, before session.register()"
+                f"nothing averages the gradients of this model over its {arranged.replicas} replicas: wrap it in "
+                "DistributedDataParallel, or in fully_shard, before session.register()"
             )
+        for replica in self._replicas:
+            if any(hasattr(each, "_st_info") for each in replica.parameters()):  # tensor/parallel/ddp.py
+                raise ConfigError(
+                    "DistributedDataParallel makes plain tensors of a tensor-parallel model's parameters, new ones in "
+                    'each step: use fully_shard with mesh=session.mesh["replicate", "shard"] and Layout(shard=1)'
+                )
+            if replica.process_group.size() != arranged.replicas:
+                raise ConfigError(
+                    f"DistributedDataParallel averages over {replica.process_group.size()} ranks, and there are "
+                    f'{arranged.replicas} replicas: say process_group=session.mesh.get_group("dp")'
+                )
+        over = arranged.replicas * arranged.layout.tensor
         for name, each in model.named_parameters():
-            if isinstance(each, DTensor):
-                split = sum(placement.is_shard() for placement in each.placements)
-                if split > 1 or each.device_mesh.size() != world_size:
-                    raise ConfigError(
-                        f"parameter {name} is laid out for ranks that compute the same samples (tensor parallel), or "
-                        "for a part of the world: step.micro_batches gives each rank samples of its own; "
-                        "use step.batch_indices"
-                    )
+            if self._shards and isinstance(each, DTensor) and each.device_mesh.size() not in (arranged.replicas, over):
+                raise ConfigError(
+                    f"parameter {name} is laid out over {each.device_mesh.size()} ranks, and the layout "
+                    f"({arranged.layout}) has {arranged.replicas} replicas: use meshes of session.mesh"
+                )
+            if not self._shards and isinstance(each, DTensor) and each.device_mesh.size() != arranged.layout.tensor:
+                raise ConfigError(
+                    f"parameter {name} is laid out for ranks that compute the same samples (tensor parallel), and the "
+                    f"layout is {arranged.layout}: say Session(layout=Layout(tensor={each.device_mesh.size()}))"
+                )
 
 
 def trained(registered: Registered) -> torch.nn.Module:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from elasticd.channel import Channel, Message
+from elasticd.core.memory import Need
 from elasticd.errors import ChannelClosed, ProtocolError
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,14 @@ class Folded:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FenceAnswer:
+    """``stands`` is None when nobody could tell."""
+
+    stands: bool | None
+    reason: str = ""
+
+
 class DaemonLink:
     """ChannelClosed from the constructor when nobody listens at ``path``."""
 
@@ -82,8 +92,9 @@ class DaemonLink:
         #: Whether a step is under way. Set by the training thread, without a lock: it costs the step nothing.
         self.in_step = False
         self._round_number = int(hello["round"])
-        self._boundary_wanted = False
+        self._stop_need = Need.NOTHING
         self._refusal = ""
+        self._fences: queue.SimpleQueue[tuple[int, FenceAnswer]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._drained = threading.Event()
         self._ready = threading.Condition()
@@ -91,13 +102,15 @@ class DaemonLink:
         self._reports = Folded()
         self._closing = False
         self._next_report_at = 0.0
+        self._asked: dict[int, queue.SimpleQueue[Message | None]] = {}
+        self._last_id = 0
         for target, channel in ((self._read, reader), (self._write, Channel(self._socket))):
             threading.Thread(target=target, args=(channel,), name="elasticd-link", daemon=True).start()
 
     @property
-    def boundary_wanted(self) -> bool:
-        """The daemon has asked for a stop at the next common step boundary of this round."""
-        return self._boundary_wanted
+    def stop_need(self) -> Need:
+        """What the daemon asks of the state at a stop at the next common step boundary; NOTHING: for no stop."""
+        return self._stop_need
 
     @property
     def refusal(self) -> str:
@@ -117,6 +130,45 @@ class DaemonLink:
             if not self._closed.is_set():
                 self._outbox.append({**message, "round": self._round_number})
                 self._ready.notify()
+
+    def request(self, message: Message, timeout_s: float) -> Message:
+        """Ask, and wait for the answer, in any thread. ChannelClosed when none came."""
+        answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        with self._ready:
+            if self._closed.is_set():
+                raise ChannelClosed("the daemon is gone")
+            self._last_id += 1
+            number = self._last_id
+            self._asked[number] = answers
+            self._outbox.append({**message, "id": number, "round": self._round_number})
+            self._ready.notify()
+        try:
+            answer = answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise ChannelClosed(f"the daemon has not answered for {timeout_s:g} s") from None
+        finally:
+            with self._ready:
+                self._asked.pop(number, None)
+        if answer is None:
+            raise ChannelClosed("the daemon is gone")
+        return answer
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    def ask_fence(self, step: int, timeout_s: float) -> FenceAnswer:
+        """Whether the round still stands, for one who is about to publish this step. One question at a time."""
+        self.post({"type": "fence", "step": step})
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            if self._closed.is_set():
+                return FenceAnswer(stands=None, reason="the connection to the daemon is lost")
+            with contextlib.suppress(queue.Empty):
+                asked, answer = self._fences.get(timeout=min(left_s, 0.5))
+                if asked == step:  # and no late answer to an earlier question
+                    return answer
+        return FenceAnswer(stands=None, reason="the daemon gave no answer")
 
     def wait_closed(self, timeout_s: float | None = None) -> bool:
         """Wait until the daemon is gone. Whether it is."""
@@ -144,9 +196,20 @@ class DaemonLink:
 
     def _receive(self, message: Message) -> None:
         if message["type"] == "boundary_wanted" and message.get("round") == self._round_number:
-            self._boundary_wanted = True
+            self._stop_need = Need(message.get("need", Need.DISK))
         elif message["type"] == "commit_result" and not message.get("committed", True):
             self._refusal = str(message.get("reason") or "a newer round stands")
+        elif message["type"] == "memory_answer":
+            with self._ready:
+                asked = self._asked.get(message["id"])
+            if asked is not None:
+                asked.put(message)
+        elif message["type"] == "fence_result":
+            stands = message.get("stands")
+            answer = FenceAnswer(stands=None if stands is None else bool(stands), reason=str(message.get("reason", "")))
+            if answer.stands is False:
+                self._refusal = answer.reason or "a newer round stands"
+            self._fences.put((int(message["step"]), answer))
 
     def _write(self, channel: Channel) -> None:
         try:
@@ -192,4 +255,6 @@ class DaemonLink:
         with self._ready:
             self._reports = Folded()
             self._outbox.clear()
+            for answers in self._asked.values():
+                answers.put(None)
             self._ready.notify()

@@ -4,7 +4,7 @@ Workers are given the ids of micro-batches to come: of this step, then of the ne
 they change, what had been asked for and now falls to another rank is dropped as it arrives, and what is new here is
 asked for first. So a change of shares costs a few loads, and never a sample.
 
-Not here: which micro-batches this rank computes (core/plan.py), iterable data sets.
+Not here: which micro-batches this rank computes (core/plan.py), iterable data sets (stream.py).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Collate = Callable[[list[Any]], Any]
 class Source:
     """Where a step's micro-batches come from. ``dataset`` has ``__len__`` and ``__getitem__`` (or ``__getitems__``).
 
-    ``length``: of the data set, when this was made. ``workers`` 0: loaded when needed, in this process. ``prefetch``:
-    micro-batches ahead for each worker.
+    ``length``: of the data set, when this was made; None: it is a stream (stream.py). ``workers`` 0: loaded
+    when needed, in this process. ``prefetch``: micro-batches ahead for each worker.
     """
 
     dataset: Any
-    length: int
+    length: int | None
     size: int
     workers: int = 0
     prefetch: int = 2

@@ -1,5 +1,7 @@
 """A step's micro-batches on this rank: which they are, their data, their gradients, their time.
 
+They are those of its replica (layout.py): all of a replica's ranks compute the same ones.
+
 What a micro-batch computes depends on the job's seed, the step and its number in it, and on nothing of the world: its
 samples (data.py) and, where the job has a seed, torch's random states, from which dropout draws.
 
@@ -9,20 +11,26 @@ Not here: the step that they belong to (step.py), how each of these is done (loa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from elasticd.worker.clock import MicroBatchClock
 from elasticd.worker.data import Cursor
 from elasticd.worker.exact import ExactGradients
 from elasticd.worker.gradients import Gradients, MeanGradients, shards, trained
+from elasticd.worker.layout import Arrangement
 from elasticd.worker.loading import Loader, Source, make_loader, to_device
 from elasticd.worker.losses import StepLosses
-from elasticd.worker.order import SampleOrder
+from elasticd.worker.order import Key, SampleOrder
 from elasticd.worker.shares import CurrentShares, Work, as_told
 from elasticd.worker.state import Registered, derive_seed
+from elasticd.worker.stream import Stream
+
+if TYPE_CHECKING:
+    from elasticd.worker.pipeline import Pipeline  # it takes as long to import as all the rest of torch.distributed
 
 
 class PlannedSteps:
@@ -33,19 +41,22 @@ class PlannedSteps:
         work: Work,
         *,
         group: dist.ProcessGroup | None,
+        arranged: Arrangement,
         device: torch.device,
         seed: int | None,
         tell: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self._work, self._device, self._seed = work, device, seed
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._shares = CurrentShares(work, group, tell)
+        self._arranged = arranged
+        self._shares = CurrentShares(work, group, arranged, tell)
         self._clock = MicroBatchClock(device)
         self._losses = StepLosses(work.micro_batches, group, device)
         self._gradients: Gradients | None = None
         self._source: Source | None = None
         self._loader: Loader | None = None
         self._order: SampleOrder | None = None
+        self._stream: Stream | None = None
+        self._saved_stream: Mapping[str, Any] | None = None
 
     @property
     def micro_batches(self) -> int:
@@ -55,6 +66,11 @@ class PlannedSteps:
     def shares(self) -> tuple[int, ...]:
         return self._shares.plan.shares
 
+    @property
+    def balanced(self) -> bool:
+        """Whether shares follow speed."""
+        return self._shares.balanced
+
     # What the session does between steps.
 
     def use(self, registered: Registered, on_gradients: Callable[[], None]) -> None:
@@ -63,7 +79,7 @@ class PlannedSteps:
         ``on_gradients`` is called, where that can be seen, when this rank has computed all gradients of a step.
         """
         make = ExactGradients if self._work.exact else MeanGradients
-        self._gradients = make(registered, micro_batches=self.micro_batches, world_size=self._world_size)
+        self._gradients = make(registered, micro_batches=self.micro_batches, arranged=self._arranged)
         self._clock.watch(trained(registered), on_gradients)
         if self._work.balance == "auto":
             self._shares.balanced = not shards(registered)
@@ -75,45 +91,91 @@ class PlannedSteps:
     def decide(self, step: int, told: list[int]) -> None:
         self._shares.decide(step, told)
 
+    def resume_stream(self, saved: Mapping[str, Any] | None) -> None:
+        """What ``stream_state`` gave for the step that comes now."""
+        self._stream, self._saved_stream = None, saved
+
+    def stream_state(self, step: int) -> Mapping[str, Any] | None:
+        """For a checkpoint of so many completed steps; None where no stream is read."""
+        return self._saved_stream if self._stream is None else self._stream.state(step)
+
     def close(self) -> None:
         """Workers that load ahead end."""
-        self._loader = None
+        self._loader = self._stream = None
 
     # What a step does.
 
     def run(self, step: int, cursor: Cursor, source: Source, begun: StepWork) -> Iterator[Any]:
         """This rank's micro-batches, one at a time, each to be followed by ``begun.backward``."""
-        gradients, clock = self._known_gradients(), self._clock
-        owned = self._shares.plan.owned[self._rank]
-        todo = owned or (0,)  # a stand-in: as finite as the step is
-        order, loader = self._order_of(source, step, cursor)
-        order.begin(step, todo)
+        gradients, owned, todo = self._known_gradients(), self._owned, self._todo
+        loader = self._loader_of(source, step, cursor)
         loader.begin(step, todo)
         self._losses.begin()
-        gradients.clear(unequal=len(set(self.shares)) > 1)
-        clock.begin(len(todo))
+        gradients.clear(unequal=self._unequal)
+        self._clock.begin(len(todo))
         for micro_batch in todo:
             last = micro_batch == todo[-1]
             if last:
-                clock.begin_last()
+                self._clock.begin_last()
             batch = loader.take((step, micro_batch))
             if self._device.type != "cpu":
                 batch = to_device(batch, self._device)
             self._seed_for(step, micro_batch)
             gradients.before(last=last)
-            begun.open(micro_batch, order.ids_of((step, micro_batch)), counts=bool(owned), last=last)
+            begun.open(micro_batch, self._ids_of((step, micro_batch)), counts=bool(owned), last=last)
             yield batch
             begun.check_closed()
-        clock.end(waited=not self._work.exact)
+        self._clock.end(waited=not self._work.exact)
         gradients.finish()
         begun.done = True
+
+    def run_pipeline(self, step: int, cursor: Cursor, source: Source, begun: StepWork, pipeline: Pipeline) -> None:
+        """All of this replica's micro-batches, forward and backward; what this rank is of them is one stage."""
+        gradients, owned, todo = self._known_gradients(), self._owned, self._todo
+        loader = self._loader_of(source, step, cursor)
+        loader.begin(step, todo)
+        self._losses.begin()
+        gradients.clear(unequal=self._unequal)
+        self._clock.begin(len(todo))
+        self._clock.begin_last()
+        reads = pipeline.needs_data or self._stream is not None  # a stream goes on for whoever reads it
+        keys = [(step, micro_batch) for micro_batch in todo] if reads else []
+        batches = [to_device(loader.take(key), self._device) for key in keys]
+        losses = pipeline.run(
+            batches,
+            len(todo),
+            scale=gradients.scale if owned else 0.0,
+            on_forward=lambda place: self._seed_for(step, todo[place], pipeline.stage),
+        )
+        self._clock.end_together()
+        gradients.finish()
+        for micro_batch in owned:
+            begun.sample_ids += self._ids_of((step, micro_batch))
+        begun.take_losses(dict(zip(owned, losses, strict=False)))  # there are none but on the last stage
 
     def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
         self._known_gradients().backward(loss, counts=counts)
 
     @property
-    def losses(self) -> StepLosses:
-        return self._losses
+    def _owned(self) -> tuple[int, ...]:
+        return self._shares.plan.owned[self._arranged.replica]
+
+    @property
+    def _todo(self) -> tuple[int, ...]:
+        """What is owned, or a stand-in: as finite as the step is."""
+        return self._owned or (0,)
+
+    @property
+    def _unequal(self) -> bool:
+        return len(set(self.shares)) > 1
+
+    def complete_losses(self, losses: Mapping[int, torch.Tensor]) -> None:
+        """Those of this rank are all known; its last backward pass is to come."""
+        self._losses.complete_here(losses if self._arranged.leads else {})
+
+    def mean(self, losses: Mapping[int, torch.Tensor]) -> float:
+        """Collective: over the losses of all micro-batches of all replicas."""
+        return self._losses.mean(losses if self._arranged.leads else {})
 
     def _known_gradients(self) -> Gradients:
         if self._gradients is None:
@@ -122,27 +184,36 @@ class PlannedSteps:
             )
         return self._gradients
 
-    def _order_of(self, source: Source, step: int, cursor: Cursor) -> tuple[SampleOrder, Loader]:
-        """Those that are in use, as long as the data set is the same and the cursor where it was expected."""
+    def _loader_of(self, source: Source, step: int, cursor: Cursor) -> Loader | Stream:
+        """The one that is in use, as long as the data set is the same and the cursor where it was expected."""
+        if source.length is None or self._stream is not None:
+            return self._stream_of(source, step)
         known = self._source is not None and self._source.is_like(source)
         if self._loader is None or self._order is None or not known or self._order.cursor_at(step) != cursor:
             self._source = source
-            self._order = SampleOrder(
-                step,
-                cursor,
-                micro_batches=self.micro_batches,
-                size=source.size,
-                length=source.length,
-                seed=self._seed or 0,
-            )
+            of_a_step = {"micro_batches": self.micro_batches, "size": source.size, "length": source.length}
+            self._order = SampleOrder(step, cursor, **of_a_step, seed=self._seed or 0)
             self._loader = make_loader(source, self._order.ids_of)
-        return self._order, self._loader
+        self._order.begin(step, self._todo)
+        return self._loader
 
-    def _seed_for(self, step: int, micro_batch: int) -> None:
-        """torch.manual_seed would take 0.1 ms, for devices that are not in use."""
+    def _stream_of(self, source: Source, step: int) -> Stream:
+        if self._stream is None:
+            self._stream = Stream(source, step=step, micro_batches=self.micro_batches, saved=self._saved_stream)
+        if not self._stream.is_like(source):
+            raise ValueError("give step.micro_batches the same stream in each step: another would begin at its start")
+        return self._stream
+
+    def _ids_of(self, key: Key) -> list[int]:
+        order = self._stream or self._order
+        assert order is not None
+        return order.ids_of(key)
+
+    def _seed_for(self, step: int, micro_batch: int, stage: int = 0) -> None:
+        """Stages of a pipeline must not draw the same. torch.manual_seed would take 0.1 ms, for devices not in use."""
         if self._seed is None and not self._work.exact:
             return
-        seed = derive_seed(self._seed or 0, step, micro_batch, 1)
+        seed = derive_seed(self._seed or 0, step, micro_batch, 1 + stage)
         torch.default_generator.manual_seed(seed)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(seed)
@@ -171,12 +242,19 @@ class StepWork:
             raise RuntimeError("call step.backward(loss) once for each micro-batch, in the loop over them")
         if loss.numel() != 1:
             raise ValueError(f"a loss of shape {tuple(loss.shape)}: give step.backward the mean over the micro-batch")
+        if isinstance(loss, DTensor):
+            loss = loss.full_tensor()
         if self._counts:
             self._losses[self._open] = loss.detach()
         self._open = None
         if self._last:
-            self._planned.losses.complete_here(self._losses)
+            self._planned.complete_losses(self._losses)
         self._planned.backward(loss, counts=self._counts)
+
+    def take_losses(self, losses: Mapping[int, torch.Tensor]) -> None:
+        """Of a pipeline, which has computed everything at once."""
+        self._losses.update(losses)
+        self.done = True
 
     def check_closed(self) -> None:
         if self._open is not None:
@@ -190,4 +268,4 @@ class StepWork:
 
     def mean_loss(self) -> float:
         self.check_done()
-        return self._planned.losses.mean(self._losses)
+        return self._planned.mean(self._losses)

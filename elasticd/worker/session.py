@@ -5,7 +5,7 @@
     optimizer = torch.optim.AdamW(model.parameters())
     session.register(model=model, optimizer=optimizer)
     session.restore()
-    for step in session.steps(until=10_000):
+    for step in session.progress(session.steps(until=10_000)):
         with step:
             for inputs, targets in step.micro_batches(dataset, size=4):
                 step.backward(loss_of(model(inputs), targets))  # the mean over the micro-batch
@@ -38,24 +38,33 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
 from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
-from elasticd.checkpoint.restore import Found, PassedOver, agree_on_newest, load_into
+from elasticd.checkpoint.manifest import Manifest, complete_name
+from elasticd.checkpoint.memory import MemoryTier
+from elasticd.checkpoint.memory_save import Copied, MemoryCounts, Ranks
+from elasticd.checkpoint.restore import PassedOver, Restored, restore_newest
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
-from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed
+from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed, StateLost
 from elasticd.torch_defects import keep_destroyed_groups
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
+from elasticd.worker.fence import RoundFence
+from elasticd.worker.layout import Layout, arrange
 from elasticd.worker.link import DaemonLink, StepReport
+from elasticd.worker.memory_host import MemoryHost
 from elasticd.worker.planned import PlannedSteps
-from elasticd.worker.shares import Balance, make_work
+from elasticd.worker.progress import Progress, choose_display
+from elasticd.worker.shares import Balance, as_told, make_work
+from elasticd.worker.speeds import BusySteps, SpeedReports
 from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, derive_seed, seed_random
 from elasticd.worker.step import Step
 from elasticd.worker.waiting import GradientWait
@@ -79,12 +88,21 @@ class Session:
     silent (one that died fails it at once). It must be longer than the slowest rank takes to write its part: a save
     that times out ends the process. Saving keeps a copy of this rank's state in host memory.
 
+    ``memory_every_steps``: of completed steps fewer than so many are lost when workers or a node die: the state is
+    copied into memory that the daemon owns, and to a node in another failure domain, behind the steps (the copies are
+    begun half as far apart; with 1 each step waits for its own). 0: none. It needs elasticd's daemon, and a restart
+    takes up whichever is newer, the copy in RAM or the checkpoint on disk.
+
     ``micro_batches``: how many a step has, on all ranks together and for the whole job, for ``step.micro_batches``.
     ``max_micro_batches``: no more than so many in a step for this rank. ``balance``: "on" gives faster ranks more of
-    them, "off" divides them equally, "auto" is on where each rank holds the whole model. ``exact``: gradients are
+    them, "off" divides them equally, "auto" is on where each rank holds the whole model, numbers divide them in that
+    proportion: (1, 2, 5) gives rank 2 five times as many as rank 0. ``exact``: gradients are
     summed in fixed point, the same bits on any world (worker/exact.py says what that costs, and does not cover).
 
-    ConfigError when the directory is not writable or the environment is not whole.
+    ``layout``: how ranks share one model (tensor parallel, pipeline stages, HSDP), where each does not compute samples
+    of its own (worker/layout.py). "Rank" above is then a replica; ``max_micro_batches`` is the least of its ranks'.
+
+    ConfigError when the directory is not writable, the environment is not whole, or the world cannot hold the layout.
     """
 
     def __init__(
@@ -92,6 +110,7 @@ class Session:
         *,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         save_every_steps: int = 0,
+        memory_every_steps: int = 0,
         keep: int | Keep = 3,
         seed: int | None = None,
         device: str | None = None,
@@ -100,10 +119,11 @@ class Session:
         max_micro_batches: int | None = None,
         balance: Balance = "auto",
         exact: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         _show_operator_errors_as_one_line()
-        if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
-            raise ConfigError("save_every_steps must not be negative, and keep must be at least 1")
+        if min(save_every_steps, memory_every_steps) < 0 or (isinstance(keep, int) and keep < 1):
+            raise ConfigError("save_every_steps and memory_every_steps must not be negative, and keep at least 1")
         work = make_work(micro_batches, at_most=max_micro_batches, balance=balance, exact=exact)
         self._place = Place.from_environment()
         self.device = choose_device(self._place, device)
@@ -113,19 +133,29 @@ class Session:
         self._made_world = join_world(self._place, self.device)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._control = Control()
+        self.arranged = arrange(layout, self._place, self._control.group)
+        self._mesh = self.arranged.make_mesh(self.device) if layout is not None else None
         self._save_every_steps, self._seed = save_every_steps, seed or 0
-        self._saver = self._make_saver(Keep(last=keep) if isinstance(keep, int) else keep, save_timeout_s)
         self._link = _connect(self._place)
+        self._saver = self._make_saver(Keep(last=keep) if isinstance(keep, int) else keep, save_timeout_s)
+        self._memory = self._make_memory(memory_every_steps, save_timeout_s)
         self.planned: PlannedSteps | None = None
         if work is not None:
             self.planned = PlannedSteps(
-                work, group=self._control.group, device=self.device, seed=seed, tell=self._tell_shares
+                work,
+                group=self._control.group,
+                arranged=self.arranged,
+                device=self.device,
+                seed=seed,
+                tell=self._tell_shares,
             )
         self._registered: Registered | None = None
         self._waiting = GradientWait()
+        self._busy, self._speeds = BusySteps(self.device), SpeedReports()
         self._restored = self._in_step = False
         self._completed = 0
         self._until: int | None = None
+        self._progress: Progress | None = None
         self._saved_step = -1
         self.cursor = Cursor()
         self.dataset_size = 0
@@ -139,6 +169,26 @@ class Session:
     @property
     def world_size(self) -> int:
         return self._world_size
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """How the layout arranges the ranks: "dp" (or "replicate" and "shard"), then "pp" and "tp" as it has them.
+
+        Collective at its first use in a session without a layout, where all ranks are "dp".
+        """
+        if self._mesh is None:
+            self._mesh = self.arranged.make_mesh(self.device)
+        return self._mesh
+
+    @property
+    def replicas(self) -> int:
+        """How many groups of ranks compute micro-batches of their own: all ranks, without a layout."""
+        return self.arranged.replicas
+
+    @property
+    def leads_replica(self) -> bool:
+        """True on one rank of each replica: for what must be counted or written once, such as sample ids."""
+        return self.arranged.leads
 
     @property
     def local_rank(self) -> int:
@@ -163,6 +213,11 @@ class Session:
         """What saving has done and cost so far on this rank; None without a directory."""
         return None if self._saver is None else self._saver.counts
 
+    @property
+    def memory_counts(self) -> MemoryCounts | None:
+        """What copies in RAM have done and cost so far on this rank; None without them."""
+        return None if self._memory is None else self._memory.counts
+
     def register(
         self,
         *,
@@ -179,6 +234,8 @@ class Session:
         if optimizer is not None and model is None:
             raise ValueError("an optimizer is saved by the names of its model's parameters: register the model too")
         self._registered = Registered(model=model, optimizer=optimizer, extra=dict(extra or {}))
+        if self.arranged.layout.pipeline > 1:
+            self._registered.unite = self._unite_stages
         if model is not None and optimizer is not None and self.device.type == "cpu":
             self._waiting.attach(model.parameters() if self.planned is None else (), optimizer)
         if model is not None and self.planned is not None:
@@ -192,20 +249,60 @@ class Session:
         checksums, so it is taken unverified, with a warning, and unpickled; steps are counted from 0.
 
         ConfigError when the checkpoint is not of the model and optimizer that are registered, was made with another
-        seed, or is not there for every rank.
+        seed, or is not there for every rank. StateLost when what was registered has been overwritten by a checkpoint
+        that proved damaged, and no other one is whole.
         """
         registered = self._known()
         self._restored = True
-        found = self._find_newest()
+        if self._memory is None:
+            return self._restore_from_disk(registered, start_from)
+        steps = storage.complete_steps(self._directory) if self._directory is not None else []
+        if self._restore_from_memory(self._memory, registered, at_least=steps[0] if steps else 0):
+            return self._completed
+        lost: StateLost | None = None
+        try:
+            self._restore_from_disk(registered, start_from)
+        except StateLost as error:  # on every rank
+            lost = error
+        # What is newest on disk may have been damaged: then a copy in RAM may be the newest after all.
+        if not self._restore_from_memory(self._memory, registered, at_least=self._completed + 1):
+            self._memory.settle()
+            if lost is not None:
+                raise lost
+        return self._completed
+
+    def _restore_from_memory(self, memory: MemoryTier, registered: Registered, *, at_least: int) -> bool:
+        """Whether training goes on from a copy of so many steps or more."""
+
+        def make_state(world_size: int) -> dict[str, Any]:
+            known = self._random_of < world_size
+            return registered.capture() | self._own_state(random_of=self._random_of if known else None)
+
+        had_state = registered.has_optimizer_state
+        restored = memory.restore(make_state, at_least=at_least)
+        if restored is None:
+            if not had_state:
+                registered.drop_optimizer_state()
+            return False
+        registered.apply(restored.state)
+        self._take_own_state(restored.state, restored.step)
+        if self._directory is None or not (self._directory / complete_name(restored.step)).exists():
+            self._saved_step = -1
+        self._tell_restored(restored.source, restored.seconds, restored.size_bytes)
+        if self.rank == 0:
+            log.warning("elasticd: step %d is taken up from RAM (%s)", restored.step, restored.source)
+        return True
+
+    def _restore_from_disk(self, registered: Registered, start_from: str | os.PathLike[str] | None) -> int:
+        started = time.monotonic()
+        found = self._restore_newest(registered)
         if found is None:
             if start_from is not None:
                 self._start_from(registered, Path(start_from))
             return self._completed
-        own = self._own_state(with_random=self.rank < found.manifest.world_size)
-        state = registered.capture() | own
-        load_into(state, found.path)
-        registered.apply(state)
-        self._take_own_state(state, found.manifest.step)
+        registered.apply(found.state)
+        self._take_own_state(found.state, found.manifest.step)
+        self._tell_restored("disk", time.monotonic() - started, found.manifest.size_bytes)
         return self._completed
 
     def steps(self, until: int | None = None) -> Iterator[Step]:
@@ -217,6 +314,8 @@ class Session:
         process; SystemExit after a stop, when the daemon is gone.
         """
         self._check_ready()
+        if self._saver is not None:
+            self._saver.began_at(self._completed)
         self._until = until
         while until is None or self._completed < until:
             step = Step(self, self._completed)
@@ -226,12 +325,31 @@ class Session:
             if not step.completed:
                 continue
             if step.stop_agreed and self._completed != until:
-                self._save_or_warn()
+                self._save_before_stop()
                 self._park()
             elif self._completed == until:
                 self._save_or_warn()
             elif self._saves_at(self._completed):
                 self.begin_save()
+
+    def progress(self, steps: Iterator[Step], *, every_s: float = 10.0, file: TextIO | None = None) -> Iterator[Step]:
+        """The same steps, while rank 0 shows how far they are.
+
+            for step in session.progress(session.steps(until=10_000)):
+
+        Step, loss (where the script reports it), samples a second of all ranks, time left, world size, and shares when
+        they are unequal: as a bar in a terminal, as a line every ``every_s`` seconds otherwise. ``file``: where, by
+        default standard error. That it cannot be written to is no error.
+        """
+        if self.rank != 0:
+            return steps
+        self._progress = Progress(choose_display(file, every_s), self._standing)
+        return self._progress.follow(steps)
+
+    def _standing(self) -> dict[str, Any]:
+        shares = self.planned.shares if self.planned is not None else ()
+        unequal = shares if len(set(shares)) > 1 else ()
+        return {"until": self._until, "world_size": self.world_size, "shares": unequal}
 
     def save(self) -> Saved | None:
         """Collective, between two steps. Save now, and return once it is durable; None without a directory, or when
@@ -261,15 +379,20 @@ class Session:
         self._close(None)
 
     def _close(self, wait_s: float | None) -> None:
+        if self._progress is not None:  # before a traceback is printed, if there is one
+            self._progress.close()
         if self.planned is not None:
             self.planned.close()
         try:
+            if self._memory is not None:
+                self._memory.close(wait_s)
             if self._saver is not None:
                 self._saver.wait(wait_s)
         finally:
             if self._link is not None:
                 self._link.close()
             still_saving = self._saver is not None and self._saver.in_flight  # over a group: do not take it away
+            still_saving |= self._memory is not None and not self._memory.close(0.0)
             if self._made_world and dist.is_initialized() and not still_saving:
                 keep_destroyed_groups()
                 dist.destroy_process_group()
@@ -293,9 +416,11 @@ class Session:
             self._saver.check()
         self._set_in_step(True)
         self._waiting.take()
-        wanted = self._link is not None and self._link.boundary_wanted
+        if self._memory is not None:
+            self._memory.check()
+        wanted = self._link.stop_need if self._link is not None else 0
         due = self._saves_at(self._completed + 1)
-        own = self.planned.measure if self.planned is not None else lambda: 0
+        own = self.planned.measure if self.planned is not None else lambda: as_told(self._busy.take())
         self._control.start(self._completed, stop_wanted=wanted, due=due, own=own)
 
     def abandon(self) -> None:
@@ -309,16 +434,31 @@ class Session:
         self.cursor, self.dataset_size = step.next_cursor, step.dataset_size
         if self.planned is not None:
             self.planned.decide(self._completed, self._control.told)
+        if self._memory is not None:
+            self._memory.step_completed(self._completed, self._state)
+        waited_s = self._waiting.take() + blocked_s
+        self._busy.add(seconds - waited_s)
+        if self._control.told and self._place.local_rank == 0:
+            self._report_speeds(self._link, self._control.told)
         if self._link is not None:
             self._link.report(
                 StepReport(
                     step=self._completed,
                     seconds=seconds,
-                    wait_seconds=self._waiting.take() + blocked_s,
+                    wait_seconds=waited_s,
                     samples=step.samples,
                     metrics=step.metrics,
                 )
             )
+
+    def _report_speeds(self, link: DaemonLink | None, told: list[int]) -> None:
+        self._speeds.add(told)
+        message = self._speeds.take()
+        if link is None or message is None:
+            return
+        planned = self.planned
+        shares = {"shares": planned.shares, "balanced": planned.balanced} if planned is not None else {}
+        link.post(message | shares)
 
     def _tell_shares(self, event: Mapping[str, Any]) -> None:
         """All ranks have decided the same: one of them says so."""
@@ -336,22 +476,39 @@ class Session:
         if self._link is not None:
             self._link.in_step = value
 
-    def _own_state(self, *, with_random: bool) -> dict[str, Any]:
+    def _unite_stages(self, own: list[list[str]]) -> list[list[str]]:
+        from elasticd.worker.pipeline import names_of_all_stages
+
+        return names_of_all_stages(own, self.mesh.get_group("pp"))
+
+    @property
+    def _random_of(self) -> int:
+        """Whose random state this rank takes up: of one rank for each replica, whose ranks must draw the same."""
+        return self.arranged.first_rank
+
+    def _own_state(self, *, random_of: int | None) -> dict[str, Any]:
         cursor = {"epoch": self.cursor.epoch, "index": self.cursor.index}
         data = {"cursor": cursor, "seed": self._seed, "dataset_size": self.dataset_size}
-        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, **data})}
-        if with_random:
-            state["random"] = {str(self.rank): capture_random(self.device)}
+        stream = self.planned.stream_state(self._completed) if self.planned is not None else None
+        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, "stream": stream, **data})}
+        if random_of is not None:
+            state["random"] = {str(random_of): capture_random(self.device)}
         return state
 
-    def _find_newest(self) -> Found | None:
+    def _restore_newest(self, registered: Registered) -> Restored | None:
         if self._directory is None:
             return None
+
+        def make_state(manifest: Manifest) -> dict[str, Any]:
+            known = self._random_of < manifest.world_size
+            return registered.capture() | self._own_state(random_of=self._random_of if known else None)
+
         passed_over: list[PassedOver] = []
-        found = agree_on_newest(self._directory, self._control.group, passed_over)
-        if passed_over and self._link is not None:
-            self._link.post({"type": "passed_over", "count": len(passed_over)})
-        return found
+        try:
+            return restore_newest(self._directory, self._control.group, make_state, passed_over)
+        finally:
+            if passed_over and self._link is not None:
+                self._link.post({"type": "passed_over", "count": len(passed_over)})
 
     def _start_from(self, registered: Registered, path: Path) -> None:
         parts = agree_on_foreign(path, self._control.group)
@@ -369,13 +526,15 @@ class Session:
             )
         self._completed = self._saved_step = step
         self.cursor, self.dataset_size = Cursor(**own["cursor"]), own["dataset_size"]
+        if self.planned is not None:
+            self.planned.resume_stream(own.get("stream"))
         if "random" in state:
-            apply_random(state["random"][str(self.rank)], self.device)
+            apply_random(state["random"][str(self._random_of)], self.device)
         else:
-            seed_random(derive_seed(self._seed, step, self.rank))
+            seed_random(derive_seed(self._seed, step, self._random_of))
 
     def _state(self) -> dict[str, Any]:
-        return self._known().capture() | self._own_state(with_random=True)
+        return self._known().capture() | self._own_state(random_of=self.rank)
 
     def _make_saver(self, keep: Keep, timeout_s: float) -> BackgroundSaver | None:
         if self._directory is None:
@@ -387,8 +546,52 @@ class Session:
             job_id=place.job_id,
             round_number=place.round_number,
             keep=keep,
+            fence=RoundFence(self._link, timeout_s / 2) if self._link is not None else None,
         )
         return BackgroundSaver(saver, self._save_ended)
+
+    def _make_memory(self, every_steps: int, timeout_s: float) -> MemoryTier | None:
+        """Collective where copies in RAM are asked for."""
+        if not every_steps:
+            return None
+        place = self._place
+        ranks = Ranks(
+            rank=self.rank,
+            world_size=self.world_size,
+            leads_node=place.local_rank == 0,
+            job_id=place.job_id,
+            round_number=place.round_number,
+            group=make_side_group(timeout_s),
+        )
+        host = MemoryHost(self._link, place.node_id, timeout_s=timeout_s) if self._link is not None else None
+        return MemoryTier(host, ranks, every_steps=every_steps, told=self._tell_copied)
+
+    def _tell_copied(self, copied: Copied) -> None:
+        """In the thread that copies."""
+        if self._link is not None:
+            self._link.post(
+                {
+                    "type": "memory_copied",
+                    "step": copied.step,
+                    "result": "committed" if copied.committed else "void",
+                    "at_buddies": copied.at_buddies,
+                    "size_bytes": copied.size_bytes,
+                    "seconds": copied.seconds,
+                    "stall_seconds": copied.stall_s,
+                }
+            )
+
+    def _tell_restored(self, source: str, seconds: float, size_bytes: int) -> None:
+        if self._link is not None:
+            self._link.post(
+                {
+                    "type": "restored",
+                    "source": source,
+                    "step": self._completed,
+                    "seconds": seconds,
+                    "size_bytes": size_bytes,
+                }
+            )
 
     def _ready_to_save(self) -> BackgroundSaver | None:
         if self._in_step:
@@ -435,6 +638,11 @@ class Session:
     def _save_or_warn(self) -> None:
         with contextlib.suppress(SaveFailed):  # it has been logged
             self.save()
+
+    def _save_before_stop(self) -> None:
+        """In RAM first, which is quick; on disk too where the memory that holds it may be gone after the stop."""
+        if self._memory is None or not self._memory.save(self._state, self._completed, self._control.stop_need):
+            self._save_or_warn()
 
     def _park(self) -> None:
         """Say that this rank stands at the boundary, and wait to be stopped."""

@@ -1,4 +1,4 @@
-"""How many micro-batches of a step each rank computes, now: measured, exchanged and decided, the same on all ranks.
+"""How many micro-batches of a step each replica computes, now: measured, exchanged and decided, the same on all ranks.
 
 The measure goes along with the exchange that the ranks have anyway (control.py); with its end every rank has the same
 numbers and takes the same decision (core/balance.py), for the steps from the next one on. Shares are not kept in
@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,15 @@ import torch.distributed as dist
 from elasticd.core.balance import Kept, Rebalanced, Speeds, SpeedUnknown, choose_first, choose_shares, is_measure
 from elasticd.core.plan import make_plan
 from elasticd.errors import ConfigError
+from elasticd.worker.layout import Arrangement
 
 log = logging.getLogger(__name__)
 
+_BALANCE = ("auto", "on", "off")
+
 #: "auto": on where each rank holds the whole model, off where it is sharded (gradients.py says what that would cost).
-Balance = Literal["auto", "on", "off"]
+#: Numbers: shares in this proportion, which stay; rank r has number r, and after the last one they start again.
+Balance = Literal["auto", "on", "off"] | tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +45,18 @@ class Work:
     def __post_init__(self) -> None:
         if self.micro_batches < 1 or (self.at_most is not None and self.at_most < 0):
             raise ConfigError("micro_batches must be at least 1, and max_micro_batches must not be negative")
-        if self.balance not in ("auto", "on", "off"):
-            raise ConfigError(f"balance is {self.balance!r}: say 'auto', 'on' or 'off'")
+        if not isinstance(self.balance, tuple):
+            if self.balance not in _BALANCE:
+                raise ConfigError(
+                    f"balance is {self.balance!r}: say 'auto', 'on', 'off', or a weight for each rank, as (1, 2)"
+                )
+        elif not self.balance or not all(is_measure(weight) for weight in self.balance):
+            raise ConfigError(f"balance is {self.balance!r}: weights are positive numbers, one for each rank")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the shares, when they are given and not measured; empty otherwise."""
+        return self.balance if isinstance(self.balance, tuple) else ()
 
 
 def make_work(micro_batches: int | None, *, at_most: int | None, balance: Balance, exact: bool) -> Work | None:
@@ -54,28 +69,37 @@ def make_work(micro_batches: int | None, *, at_most: int | None, balance: Balanc
 
 
 class CurrentShares:
-    """Collective to make: the ranks tell each other their caps. ``group`` None: a world of one.
+    """Collective to make: the ranks tell each other their caps, and a replica (layout.py) takes the least of its own.
+    ``group`` None: a world of one.
 
     ``tell`` gets an event for every change, and for a speed that is none. ConfigError, on all ranks, when they do not
     mean the same work or cannot hold it.
     """
 
-    def __init__(self, work: Work, group: dist.ProcessGroup | None, tell: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        work: Work,
+        group: dist.ProcessGroup | None,
+        arranged: Arrangement,
+        tell: Callable[[Mapping[str, Any]], None],
+    ) -> None:
         self._tell = tell
-        self._caps = _agree(work, group)
+        self._arranged = arranged
+        self._caps = [min(caps) for caps in arranged.by_replica(_agree(work, group))]
         try:
-            self.plan = make_plan(choose_first(work.micro_batches, self._caps))
+            self.plan = make_plan(choose_first(work.micro_batches, self._caps, work.weights))
         except ValueError as error:
             raise ConfigError(f"{error}: raise max_micro_batches, or lower micro_batches") from error
-        world_size = len(self._caps)
-        if work.micro_batches < world_size and dist.get_rank() == 0:
+        replicas = len(self._caps)
+        if work.micro_batches < replicas and dist.get_rank() == 0:
             log.warning(
-                "elasticd: %d micro-batches for %d ranks: %d of them add nothing to a step",
+                "elasticd: %d micro-batches for %d %ss: %d of them add nothing to a step",
                 work.micro_batches,
-                world_size,
-                world_size - work.micro_batches,
+                replicas,
+                self._unit,
+                replicas - work.micro_batches,
             )
-        self._speeds = Speeds(world_size)
+        self._speeds = Speeds(replicas)
         self._unknown = -1
         #: Set once the model is known.
         self.balanced = work.balance == "on"
@@ -84,7 +108,7 @@ class CurrentShares:
         """``told``: nanoseconds per micro-batch of each rank, 0 where there was no measure; empty: nothing is new."""
         if not told or not self.balanced:
             return
-        self._speeds.add([each * 1e-9 for each in told])
+        self._speeds.add([each * 1e-9 for each in self._arranged.slowest(told)])
         decision = choose_shares(self.plan.shares, self._speeds.known(), self._caps)
         match decision:
             case Rebalanced():
@@ -95,7 +119,7 @@ class CurrentShares:
                         "type": "rebalanced",
                         "step": step,
                         "shares": list(decision.shares),
-                        "reason": f"rank {decision.rank} ended last",
+                        "reason": f"{self._unit} {decision.rank} ended last",
                         "before_s": decision.before_s,
                         "after_s": decision.after_s,
                     }
@@ -104,10 +128,15 @@ class CurrentShares:
                 # Not of the first windows, nor again: it would be told with every exchange.
                 if self._speeds.exchanges > 2 and decision.rank != self._unknown:
                     self._unknown = decision.rank
-                    reason = f"rank {decision.rank} has no measure of its speed"
+                    reason = f"{self._unit} {decision.rank} has no measure of its speed"
                     self._tell({"type": "rebalanced", "step": step, "shares": list(self.plan.shares), "reason": reason})
             case Kept():
                 pass
+
+    @property
+    def _unit(self) -> str:
+        """What a share belongs to, as people call it."""
+        return "rank" if self._arranged.layout.replica_size == 1 else "replica"
 
 
 def as_told(seconds: float) -> int:
@@ -121,12 +150,9 @@ def _agree(work: Work, group: dist.ProcessGroup | None) -> list[int]:
     if group is None:
         return [own]
     said = torch.zeros(dist.get_world_size(), 4, dtype=torch.int64)
-    said[dist.get_rank()] = torch.tensor([work.micro_batches, own, _BALANCE.index(work.balance), work.exact])
+    said[dist.get_rank()] = torch.tensor([work.micro_batches, own, crc32(repr(work.balance).encode()), work.exact])
     dist.all_reduce(said, group=group)
     counts, caps, balances, exacts = said.T.tolist()
     if len(set(zip(counts, balances, exacts, strict=True))) > 1:
         raise ConfigError("micro_batches, balance and exact must be the same on all ranks")
     return [int(cap) for cap in caps]
-
-
-_BALANCE = ("auto", "on", "off")

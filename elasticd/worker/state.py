@@ -15,7 +15,7 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -45,6 +45,9 @@ class Registered:
     model: torch.nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
     extra: Mapping[str, Stateful] = field(default_factory=dict)
+    #: Collective: of the names in each of the optimizer's groups, where this rank has only a stage of the model, those
+    #: on all stages.
+    unite: Callable[[list[list[str]]], list[list[str]]] | None = None
 
     def capture(self) -> dict[str, Any]:
         """The live state, not a copy: filling its tensors in place fills the model."""
@@ -53,9 +56,16 @@ class Registered:
             state["model"] = get_model_state_dict(self.model)
             if self.optimizer is not None:
                 state["optimizer"] = get_optimizer_state_dict(self.model, self.optimizer)
+                self._unite_groups(state["optimizer"]["param_groups"])
         if self.extra:
             state["extra"] = {name: thing.state_dict() for name, thing in self.extra.items()}
         return state
+
+    def _unite_groups(self, groups: list[dict[str, Any]]) -> None:
+        """A checkpoint holds one list of groups, whichever rank writes it: so they must be those of the whole model."""
+        if self.unite is not None:
+            for group, names in zip(groups, self.unite([group["params"] for group in groups]), strict=True):
+                group["params"] = names
 
     def only(self, parts: set[str]) -> Registered:
         """Without the optimizer and the extras that are not among these parts of a state. The model stays."""
@@ -63,7 +73,17 @@ class Registered:
             model=self.model,
             optimizer=self.optimizer if "optimizer" in parts else None,
             extra=self.extra if "extra" in parts else {},
+            unite=self.unite,
         )
+
+    @property
+    def has_optimizer_state(self) -> bool:
+        return self.optimizer is not None and bool(self.optimizer.state)
+
+    def drop_optimizer_state(self) -> None:
+        """``capture`` makes an optimizer's state by a step of rate 0, which counts as one: as if it had not been."""
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
 
     def apply(self, state: dict[str, Any]) -> None:
         if self.model is not None:

@@ -6,16 +6,21 @@ Not here: what happens between two steps (session.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from elasticd.errors import ConfigError
 from elasticd.worker.data import Cursor, sample_ids, shard
+from elasticd.worker.layout import Arrangement
 from elasticd.worker.loading import Collate, Source
 from elasticd.worker.planned import PlannedSteps, StepWork
+from elasticd.worker.stream import length_of
+
+if TYPE_CHECKING:
+    from elasticd.worker.pipeline import Pipeline
 
 
 class Host(Protocol):
@@ -28,10 +33,7 @@ class Host(Protocol):
     def seed(self) -> int: ...
 
     @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
+    def arranged(self) -> Arrangement: ...
 
     @property
     def planned(self) -> PlannedSteps | None: ...
@@ -53,6 +55,8 @@ class Step:
         self.started_at = 0.0
         self.metrics: dict[str, float] = {}
         self.samples = 0
+        #: Samples of all ranks together; 0 where the script divides its batches without batch_indices.
+        self.batch_size = 0
         #: The size of the data set that batch_indices was told; 0 when it was not called.
         self.dataset_size = host.dataset_size
         self._host = host
@@ -74,7 +78,7 @@ class Step:
             self._work.check_done()
         elif error is None:
             if self._work is not None:
-                self.samples = len(self._work.sample_ids)
+                self.samples = self._counted(self._work.sample_ids)
             self._host.complete(self)
             self.completed = True
         else:
@@ -102,21 +106,56 @@ class Step:
         ``dataset`` has ``__len__`` and ``__getitem__`` (or ``__getitems__``); ``workers`` processes load ``prefetch``
         micro-batches each ahead of time, 0 loads here; ``collate`` as in torch's DataLoader.
 
-        ConfigError without ``Session(micro_batches=...)``; ValueError when a step does not fit the data set, or it has
-        changed its size in the middle of an epoch; NotFinite in exact mode.
+        Or it is a stream: an IterableDataset, any other iterable that can be begun anew, or a (Stateful)DataLoader over
+        one, with batches of ``size`` and ``drop_last``. Micro-batches are then its own in its own order, the same on
+        any world; every rank reads the whole of it and keeps its part (worker/stream.py: why, and at what cost). The
+        same object in each step; where it stands is in the checkpoint.
+
+        ConfigError without ``Session(micro_batches=...)``, or when a checkpoint's stream was read in another way;
+        ValueError when a step does not fit the data set, it has changed its size in the middle of an epoch, or a stream
+        has not one micro-batch; NotFinite in exact mode.
         """
+        if self._host.arranged.layout.pipeline > 1:
+            raise ConfigError("the layout has pipeline stages: call step.run_pipeline(...) instead of this loop")
+        length = length_of(dataset)
+        source = Source(dataset=dataset, length=length, size=size, workers=workers, prefetch=prefetch, collate=collate)
+        planned, work = self._begin_work(source)
+        return planned.run(self.index, self._host.cursor, source, work)
+
+    def run_pipeline(
+        self,
+        pipeline: Pipeline,
+        dataset: Any,
+        *,
+        size: int,
+        workers: int = 0,
+        prefetch: int = 2,
+        collate: Collate | None = None,
+    ) -> None:
+        """Collective: forward and backward passes of the replica's micro-batches, by its pipeline. Once a step.
+
+        What is said of ``micro_batches`` holds; what this rank computes of them is its stage.
+        """
+        if self._host.arranged.layout.pipeline == 1:
+            raise ConfigError("the layout has no pipeline stages: say Session(layout=Layout(pipeline=...))")
+        length = length_of(dataset)
+        source = Source(dataset=dataset, length=length, size=size, workers=workers, prefetch=prefetch, collate=collate)
+        planned, work = self._begin_work(source)
+        planned.run_pipeline(self.index, self._host.cursor, source, work, pipeline)
+
+    def _begin_work(self, source: Source) -> tuple[PlannedSteps, StepWork]:
         planned = self._host.planned
         if planned is None:
             raise ConfigError("say how many micro-batches a step has, for the whole job: Session(micro_batches=...)")
         if self._work is not None or not self.entered:
             raise RuntimeError("loop over step.micro_batches() once in each step, inside 'with step:'")
-        if size < 1 or workers < 0 or prefetch < 1:
+        if source.size < 1 or source.workers < 0 or source.prefetch < 1:
             raise ValueError("a micro-batch has at least 1 sample, workers are not negative, and prefetch at least 1")
-        length = len(dataset)
-        self._advance(length, planned.micro_batches * size)
+        self.batch_size = planned.micro_batches * source.size
+        if source.length is not None:
+            self._advance(source.length, self.batch_size)
         self._work = StepWork(planned)
-        source = Source(dataset=dataset, length=length, size=size, workers=workers, prefetch=prefetch, collate=collate)
-        return planned.run(self.index, self._host.cursor, source, self._work)
+        return planned, self._work
 
     def backward(self, loss: torch.Tensor) -> None:
         """The backward pass of one micro-batch, from the mean loss over its samples, weighted for the step's mean."""
@@ -128,7 +167,7 @@ class Step:
 
     @property
     def sample_ids(self) -> list[int]:
-        """The samples that this rank has had in this step so far, in order."""
+        """The samples that this rank's replica has had in this step so far, in order: the same on all its ranks."""
         return list(self._work.sample_ids) if self._work is not None else []
 
     def _begun_work(self) -> StepWork:
@@ -137,17 +176,22 @@ class Step:
         return self._work
 
     def batch_indices(self, *, dataset_size: int, global_batch: int) -> list[int]:
-        """The sample ids of this rank's share of the step's global batch. Empty when there are more ranks than samples.
+        """The sample ids of this replica's share of the step's global batch. Empty when there are more than samples.
 
         The batch as a whole does not depend on the world: ``global_batch`` samples after the cursor, in the order given
         by (seed, epoch). Calling it again in the same step gives the same ids. ValueError when a batch does not fit, or
         when the data set has changed its size in the middle of an epoch: samples would be skipped or repeated.
         """
         self._advance(dataset_size, global_batch)
-        positions = shard(global_batch, self._host.rank, self._host.world_size)
-        self._loss_scale = len(positions) * self._host.world_size / global_batch
-        self.samples = len(positions)
+        arranged = self._host.arranged
+        positions = shard(global_batch, arranged.replica, arranged.replicas)
+        self._loss_scale = len(positions) * arranged.replicas / global_batch
+        self.samples = self._counted(positions)
         return sample_ids(self._host.cursor, positions, size=dataset_size, seed=self._host.seed)
+
+    def _counted(self, samples: Sequence[int]) -> int:
+        """All ranks of a replica have the same samples: one of them counts them."""
+        return len(samples) if self._host.arranged.leads else 0
 
     def _advance(self, dataset_size: int, global_batch: int) -> None:
         """The step's samples are the next ``global_batch`` of so many."""
@@ -161,10 +205,10 @@ class Step:
 
     @property
     def loss_scale(self) -> float:
-        """What to multiply this rank's mean loss by, before ``backward``, so that DDP's mean over ranks is exact.
+        """What to multiply this rank's mean loss by, before ``backward``, so that DDP's mean over replicas is exact.
 
-        DDP averages over ranks, not over samples: with shares of unequal size a sample of a small share would weigh
-        more. local_count * world_size / global_batch undoes that. 0 for an empty share: such a rank computes on any one
+        DDP averages over replicas, not over samples: with shares of unequal size a sample of a small share would weigh
+        more. local_count * replicas / global_batch undoes that. 0 for an empty share: such a rank computes on any one
         sample, since DDP needs a backward pass on every rank.
         """
         return self._loss_scale

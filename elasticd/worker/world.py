@@ -27,6 +27,7 @@ class Place:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1
     job_id: str = ""
     node_id: str = ""
     round_number: int = 0
@@ -49,6 +50,7 @@ class Place:
             rank=rank,
             local_rank=_number(env, "LOCAL_RANK", 0),
             world_size=world_size,
+            local_world_size=_number(env, "LOCAL_WORLD_SIZE", 1),
             job_id=env.get("ELASTICD_JOB_ID") or env.get("TORCHELASTIC_RUN_ID", ""),
             node_id=env.get("ELASTICD_NODE_ID", ""),
             round_number=_number(env, "ELASTICD_ROUND", _number(env, "TORCHELASTIC_RESTART_COUNT", 0)),
