@@ -55,7 +55,7 @@ from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
 from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed, StateLost
 from elasticd.torch_defects import keep_destroyed_groups
-from elasticd.worker.clock import reached_last
+from elasticd.worker.compress import Compression, check_compression, compress_gradients
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
 from elasticd.worker.fence import RoundFence
@@ -111,6 +111,9 @@ class Session:
     ``layout``: how ranks share one model (tensor parallel, pipeline stages, HSDP), where each does not compute samples
     of its own (worker/layout.py). "Rank" above is then a replica; ``max_micro_batches`` is the least of its ranks'.
 
+    ``compress``: "bf16" or "fp16": gradients are averaged over ranks in that type, in half of the bytes; for DDP
+    (worker/compress.py).
+
     ConfigError when the directory is not writable, the environment is not whole, or the world cannot hold the layout.
     """
 
@@ -129,6 +132,7 @@ class Session:
         balance: Balance = "auto",
         exact: bool = False,
         layout: Layout | None = None,
+        compress: Compression | None = None,
     ) -> None:
         _show_operator_errors_as_one_line()
         if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
@@ -146,6 +150,8 @@ class Session:
         self._made_world = join_world(self._place, self.device)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._control = Control()
+        check_compression(compress, exact=exact, group=self._control.group)
+        self._compress = compress
         self.arranged = arrange(layout, self._place, self._control.group)
         self._mesh = self.arranged.make_mesh(self.device) if layout is not None else None
         self._save_every_steps, self._seed = save_every_steps, seed or 0
@@ -256,11 +262,11 @@ class Session:
         if self.arranged.layout.pipeline > 1:
             self._registered.unite = self._unite_stages
         if model is not None and optimizer is not None and self.device.type == "cpu":
-            # A hook costs microseconds for each parameter and micro-batch: of many passes a step, one hook is enough.
-            watched = model.parameters() if self.planned is None else reached_last(model)
-            self._waiting.attach(watched, optimizer)
+            self._waiting.attach(model.parameters() if self.planned is None else (), optimizer)
+        if model is not None and self._compress is not None:
+            compress_gradients(self._registered, self._compress, world_size=self.world_size)
         if model is not None and self.planned is not None:
-            self.planned.use(self._registered)
+            self.planned.use(self._registered, on_gradients=self._waiting.gradients_came)
 
     def restore(self, *, start_from: str | os.PathLike[str] | None = None) -> int:
         """Collective. Take up the newest checkpoint that verifies; the number of completed steps (0: a fresh start).

@@ -33,7 +33,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from elasticd.errors import ConfigError
-from elasticd.worker.loading import Key, Source
+from elasticd.worker.loading import Source
+from elasticd.worker.order import Key
 
 log = logging.getLogger(__name__)
 
