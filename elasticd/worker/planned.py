@@ -49,7 +49,7 @@ class PlannedSteps:
         seed: int | None,
         tell: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        self._work, self._device, self._seed = work, device, seed
+        self._work, self._group, self._device, self._seed = work, group, device, seed
         self._arranged = arranged
         self._shares = CurrentShares(work, group, arranged, tell)
         self._clock = MicroBatchClock(device)
