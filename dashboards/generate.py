@@ -240,6 +240,35 @@ JOB = (
         "{{result}}",
         "Refused: it came from a round that was over.",
     ),
+    Panel(
+        title="Copies in RAM",
+        queries=(
+            Query(expr=f"max(elasticd_job_step{{{J}}})", legend="completed step"),
+            Query(expr=f"max(elasticd_memory_copy_step{{{J}}})", legend="newest whole copy"),
+        ),
+        about="The distance is what a lost worker or node costs: Session(memory_every_steps=...).",
+    ),
+    plot(
+        "Memory that copies take",
+        "sum by (node, origin) (elasticd_memory_held_bytes)",
+        "{{node}}: {{origin}}",
+        "Own: of this node's workers. Copied: kept for other nodes.",
+        unit="bytes",
+    ),
+    plot(
+        "Copying to the buddy",
+        f"sum by (node) (elasticd_memory_sent_bytes_total{{{J}}})"
+        f" / (sum by (node) (elasticd_memory_send_seconds_sum{{{J}}}) > 0)",
+        "{{node}}",
+        "Bytes a second while a copy is under way, checking it included; the mean since the job came.",
+        unit="Bps",
+    ),
+    plot(
+        "State taken up from",
+        f"sum by (source) (elasticd_restores_total{{{J}}})",
+        "{{source}}",
+        "Memory: of the nodes that wrote it. Buddy: one of those was gone. Disk: a checkpoint. By rank.",
+    ),
     plot(
         "Parts of checkpoints",
         f"sum by (result) (increase(elasticd_checkpoint_saves_total{{{J}}}[5m]))",

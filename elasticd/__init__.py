@@ -10,15 +10,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elasticd.worker.hierarchy import average_in_two_levels  # type: ignore[import-not-found, unused-ignore]
     from elasticd.worker.layout import Layout  # type: ignore[import-not-found, unused-ignore]
     from elasticd.worker.pipeline import Pipeline  # type: ignore[import-not-found, unused-ignore]
     from elasticd.worker.session import Session  # type: ignore[import-not-found, unused-ignore]
 
 __version__ = "0.1.0"
-__all__ = ["Layout", "Pipeline", "Session", "__version__"]
+__all__ = ["Layout", "Pipeline", "Session", "__version__", "average_in_two_levels"]
 
 #: Where each of them is.
-_MODULES = {"Layout": "layout", "Pipeline": "pipeline", "Session": "session"}
+_MODULES = {
+    "Layout": "layout",
+    "Pipeline": "pipeline",
+    "Session": "session",
+    "average_in_two_levels": "hierarchy",
+}
 
 
 def __getattr__(name: str) -> Any:

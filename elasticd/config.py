@@ -98,6 +98,16 @@ class DetectionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    """Copies of the workers' state in RAM. ``limit_bytes``: for all of them on this node, those kept for others too;
+    0 keeps none, None means a quarter of the machine's memory. ``folder`` is on tmpfs."""
+
+    limit_bytes: int | None = None
+    folder: str = "/dev/shm"  # noqa: S108 - it is there to be shared
+    port: int = 7422
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StragglersConfig:
     """The cluster's, so the same on every node (core/stragglers.py, Policy)."""
 
@@ -110,7 +120,7 @@ class StragglersConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonConfig:
-    """All that a daemon is told. ``peer_port`` and ``metrics.port`` 0: the kernel chooses."""
+    """All that a daemon is told. ``peer_port``, ``metrics.port`` and ``memory.port`` 0: the kernel chooses."""
 
     node_id: str
     address: str
@@ -124,6 +134,7 @@ class DaemonConfig:
     links: LinksConfig = field(default_factory=LinksConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     detection: DetectionConfig = field(default_factory=DetectionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     stragglers: StragglersConfig = field(default_factory=StragglersConfig)
 
     @property
@@ -227,6 +238,12 @@ class _DetectionForm(_Form):
     lease_ttl_s: int = Field(default=5, ge=2, le=300)
 
 
+class _MemoryForm(_Form):
+    limit_bytes: int | None = Field(default=None, ge=0)
+    folder: str = "/dev/shm"  # noqa: S108 - it is there to be shared
+    port: int | None = Field(default=None, ge=0, le=65535)
+
+
 class _StragglersForm(_Form):
     enabled: bool = True
     eviction_budget: float = Field(default=0.1, ge=0, allow_inf_nan=False)
@@ -241,6 +258,7 @@ class _DaemonForm(_Form):
     links: _LinksForm = Field(default_factory=_LinksForm)
     metrics: _MetricsForm = Field(default_factory=_MetricsForm)
     detection: _DetectionForm = Field(default_factory=_DetectionForm)
+    memory: _MemoryForm = Field(default_factory=_MemoryForm)
     stragglers: _StragglersForm = Field(default_factory=_StragglersForm)
 
 
@@ -286,9 +304,17 @@ def load_daemon(path: str, environment: Mapping[str, str] = os.environ) -> Daemo
         links=LinksConfig(**form.links.model_dump()),
         metrics=MetricsConfig(**form.metrics.model_dump()),
         detection=DetectionConfig(**form.detection.model_dump()),
+        memory=_memory(form),
         stragglers=StragglersConfig(**form.stragglers.model_dump()),
     )
     return checked(config)
+
+
+def _memory(form: _DaemonForm) -> MemoryConfig:
+    """Where the kernel is to choose the daemon's port, it chooses this one too, unless it is named."""
+    asked = form.memory
+    port = asked.port if asked.port is not None else 7422 if form.node.peer_port else 0
+    return MemoryConfig(limit_bytes=asked.limit_bytes, folder=asked.folder, port=port)
 
 
 def load_etcd(path: str, endpoints: str = "") -> EtcdConfig:
@@ -344,6 +370,7 @@ def config_for_run(
             log_dir="",
             links=replace(own, insecure=own.insecure or not own.tls),
             metrics=replace(known.metrics, address=place, port=0),
+            memory=replace(known.memory, port=0),
         )
     )
 
@@ -358,6 +385,8 @@ def checked(config: DaemonConfig) -> DaemonConfig:
         raise ConfigError(f"node.address {config.address} is not one that other nodes can reach: name this host's own")
     if config.detection.dead_after_s < 2 * config.detection.heartbeat_s:
         raise ConfigError("detection.dead_after_s must be at least twice detection.heartbeat_s")
+    if config.memory.limit_bytes != 0 and not Path(config.memory.folder).is_dir():
+        raise ConfigError(f"memory.folder {config.memory.folder}: no such folder; name one on tmpfs, as /dev/shm is")
     links = config.links
     _belong_together("links", ca=links.ca, cert=links.cert, key=links.key)
     _belong_together("metrics", tls_cert=config.metrics.tls_cert, tls_key=config.metrics.tls_key)

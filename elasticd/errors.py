@@ -56,6 +56,10 @@ class SaveFailed(ElasticdError):
     """A checkpoint could not be written; training goes on, and the next one is tried when it is due."""
 
 
+class MemoryRefused(ElasticdError):
+    """A copy in RAM cannot be had (it does not fit, nobody keeps it); the text names sizes. Training goes on."""
+
+
 # --- This process must stop what it does ---
 
 

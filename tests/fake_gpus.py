@@ -27,5 +27,12 @@ class FakeGpus:
         subprocess.run(command, check=True)
         self.environment = {"LD_LIBRARY_PATH": str(library), "FAKE_NVML_DIR": str(self.folder)}
 
-    def set(self, index: int, **state: object) -> None:
-        (self.folder / f"gpu{index}").write_text("".join(f"{key}={value}\n" for key, value in state.items()))
+    def set(self, index: int, node: str = "", **state: object) -> None:
+        """``node``: of a cluster whose nodes have folders of their own (``environment_by_node``)."""
+        (self.folder / node).mkdir(exist_ok=True)
+        (self.folder / node / f"gpu{index}").write_text("".join(f"{key}={value}\n" for key, value in state.items()))
+
+    @property
+    def environment_by_node(self) -> dict[str, str]:
+        """For a ClusterSpec."""
+        return {**self.environment, "FAKE_NVML_DIR": f"{self.folder}/{{node}}"}

@@ -1,12 +1,13 @@
 /* A libnvidia-ml.so.1 whose GPUs are files: $FAKE_NVML_DIR/gpu0, gpu1, ... with lines of key=value, read at each call.
- * Keys: name, util, mem_used, temp, power_mw, ecc_corrected, ecc_uncorrected; "lost", and "hang" (every call that asks
+ * Keys: name, util, mem_used, temp, power_mw, ecc_corrected, ecc_uncorrected, remap_failed, xid (told once for each
+ * value, when it was not there at the start); "lost", and "hang" (every call that asks
  * never returns). What has no line is not supported. It checks what we make of the answers, not the driver. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-enum { SUCCESS = 0, NOT_SUPPORTED = 3, NOT_FOUND = 6, GPU_IS_LOST = 15 };
+enum { SUCCESS = 0, NOT_SUPPORTED = 3, NOT_FOUND = 6, TIMEOUT = 10, GPU_IS_LOST = 15 };
 
 static FILE *state_of(unsigned gpu) {
   const char *folder = getenv("FAKE_NVML_DIR");
@@ -98,4 +99,44 @@ int nvmlDeviceGetPowerUsage(void *handle, unsigned *milliwatts) { return narrow(
 
 int nvmlDeviceGetTotalEccErrors(void *handle, int type, int counter, unsigned long long *count) {
   return number(handle, type ? "ecc_uncorrected" : "ecc_corrected", count);
+}
+
+int nvmlDeviceGetRemappedRows(void *handle, unsigned *corrected, unsigned *uncorrected, unsigned *pending, unsigned *failed) {
+  *corrected = *uncorrected = *pending = 0;
+  return narrow(handle, "remap_failed", failed);
+}
+
+/* Events of the first 8 GPUs: the XID of one whose value is another than before. */
+static unsigned long long told[8];
+static int watched[8];
+
+struct event {
+  void *device;
+  unsigned long long type, data;
+  unsigned gpu_instance, compute_instance;
+};
+
+int nvmlEventSetCreate(void **set) {
+  *set = told;
+  return SUCCESS;
+}
+
+int nvmlDeviceRegisterEvents(void *handle, unsigned long long types, void *set) {
+  unsigned index = (unsigned)(size_t)handle - 1;
+  if (index >= 8) return NOT_SUPPORTED;
+  number(handle, "xid", &told[index]);
+  watched[index] = 1;
+  return SUCCESS;
+}
+
+int nvmlEventSetWait_v2(void *set, struct event *event, unsigned timeout_ms) {
+  for (unsigned index = 0; index < 8; ++index) {
+    void *handle = (void *)(size_t)(index + 1);
+    unsigned long long xid = told[index];
+    if (!watched[index] || number(handle, "xid", &xid) != SUCCESS || xid == told[index]) continue;
+    told[index] = xid;
+    *event = (struct event){handle, 8, xid, 0, 0};
+    return SUCCESS;
+  }
+  return TIMEOUT;
 }

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from elasticd.bench import __main__ as bench
-from elasticd.bench import checkpoint
+from elasticd.bench import checkpoint, memory
 from elasticd.bench.balance import BEFORE, SETTLING, percent_missing, read_run
 from elasticd.bench.figures import ELASTICD, TUNED, Figure, Goal, all_hold
 from elasticd.bench.idle import Usage, all_linked, cpu_percent
@@ -356,3 +356,40 @@ def test_the_goals_of_checkpoints_are_ratios_within_one_turn(changes: dict[str, 
     judged = [figure.holds for figure in figures if figure.goal is not None]
     assert len(judged) == 4
     assert judged.count(False) == missed
+
+
+# --- copies in RAM ---
+
+RAM_TURN = {
+    "memory copy": 0.05,
+    "stall": 0.06,
+    "safe": 0.9,
+    "restore": 0.3,
+    "torch.save": 0.8,
+    "torch.load": 0.7,
+    "dcp stall": 0.2,
+    "dcp load": 0.8,
+}
+
+
+@pytest.mark.parametrize(
+    ("restore_s", "delay_s", "missed"), [(0.3, 0.002, 0), (0.51, 0.002, 1), (0.3, 0.11, 1), (0.51, 0.2, 2)]
+)
+def test_the_goals_of_copies_in_ram_are_a_fast_restore_and_a_loop_that_answers(
+    restore_s: float, delay_s: float, missed: int
+) -> None:
+    figures = memory.figures_of([{**RAM_TURN, "restore": restore_s}] * 3, [0.001, delay_s])
+    judged = [figure.holds for figure in figures if figure.goal is not None]
+    assert (len(judged), judged.count(False)) == (2, missed)
+
+
+def test_a_loop_that_was_never_asked_proves_nothing() -> None:
+    assert any(figure.holds is False for figure in memory.figures_of([RAM_TURN], []))
+
+
+def test_steps_lost_are_those_that_the_smaller_world_repeats() -> None:
+    def at(t: float, number: int, step: int, world: int) -> Trained:
+        return Trained(t=t, round_number=number, rank=0, step=step, world=world)
+
+    lines = [at(1, 1, 8, 3), at(2, 1, 9, 3), at(3, 2, 8, 2), at(4, 2, 9, 2), at(5, 3, 10, 3), at(6, 4, 11, 2)]
+    assert memory.steps_lost(lines, world=2) == [2, 0]

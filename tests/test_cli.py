@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import eventually
+from conftest import alive, eventually
+from worker_runs import ledger
 
 from elasticd.cluster.embedded import EmbeddedEtcd
 from elasticd.cluster.etcd import EtcdStore
@@ -119,13 +125,22 @@ def test_a_script_runs_with_an_etcd_of_its_own(tmp_path: Path) -> None:
     assert "started an etcd for this machine at 127.0.0.1:" in done.stderr
 
 
-def test_nodes_meet_at_an_etcd_and_the_job_ends_well(endpoint: str, tmp_path: Path) -> None:
+def test_nodes_of_unequal_size_meet_at_an_etcd_and_the_job_ends_well(endpoint: str, tmp_path: Path) -> None:
+    """One worker on the first node, two on the second; and a node that means other replicas is refused."""
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
-    common = ("run", "--nnodes", "1:2", "--rdzv-endpoint", endpoint, "--rdzv-id", "meet", str(script), str(tmp_path))
+    common = ("run", "--nnodes", "1:2", "--rdzv-endpoint", endpoint, "--rdzv-id", "meet")
+    train = (str(script), str(tmp_path))
     steps = tmp_path / "steps.jsonl"
-    with running(*common, log=tmp_path / "a") as first, running(*common, log=tmp_path / "b") as second:
-        eventually(lambda: steps.exists() and '"world": 2' in steps.read_text(), 40)
+    with (
+        running(*common, *train, log=tmp_path / "a") as first,
+        running(*common, "--nproc-per-node", "2", *train, log=tmp_path / "b") as second,
+    ):
+        eventually(lambda: steps.exists() and '"world": 3' in steps.read_text(), 40)
+        lines = [json.loads(line) for line in steps.read_text().splitlines() if line.endswith("}")]
+        assert {line["rank"] for line in lines if line["world"] == 3} <= {0, 1, 2}
+        refused = elasticd(*common, "--ranks-per-replica", "3", *train)
+        assert "runs with --ranks-per-replica 1; you gave 3" in refusal(refused)
         (tmp_path / "finish").touch()
         assert first.wait(30) == 0
         assert second.wait(30) == 0
@@ -142,6 +157,51 @@ def test_the_first_error_of_a_failed_job_is_shown_with_its_traceback(tmp_path: P
     assert done.stderr.count("round_seen") >= 2  # the budget of one restart was used
 
 
+@contextmanager
+def at_a_terminal(*arguments: str, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """An elasticd whose terminal is ours: (process, our end of it)."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*ELASTICD, *arguments],
+        env=clean_environment(**env),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def test_ctrl_c_ends_a_run_and_all_that_it_started_as_torchrun_ends_it(tmp_path: Path) -> None:
+    """Status 1, as torchrun 2.13 has it, and without its traceback."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    command = ("run", "--nproc-per-node", "2", str(tmp_path / "train.py"), str(tmp_path))
+    with at_a_terminal(*command) as (process, terminal):
+        eventually(lambda: len(ledger(tmp_path / "steps.jsonl")) > 10, 40, "steps")
+        started = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+        assert len(started) >= 5  # the daemon, its etcd, the warm server, and two workers at least
+        os.write(terminal, b"\x03")
+        shown = b"".join(iter(partial(read_terminal, terminal), b"")).decode()
+        assert process.wait(20) == 1
+    assert "Traceback" not in shown
+    eventually(lambda: not any(map(alive, started)), 10, "all have ended")
+
+
+def read_terminal(terminal: int) -> bytes:
+    """b"" when nobody holds the other end any more."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
+
+
 def test_help_shows_torchruns_flags_and_ours() -> None:
     done = elasticd("run", "--help")
     assert done.returncode == 0
@@ -155,6 +215,8 @@ def test_help_shows_torchruns_flags_and_ours() -> None:
         (("--nnodes", "3:1", "x.py"), "--nnodes 3:1"),
         (("--nnodes", "many", "x.py"), "--nnodes 'many'"),
         (("--nproc-per-node", "gpu", "x.py"), "--nproc-per-node gpu"),
+        (("--ranks-per-replica", "0", "x.py"), "--ranks-per-replica must be at least 1"),
+        (("--nproc-per-node", "3", "--ranks-per-replica", "2", "x.py"), "never make whole replicas of 2 ranks"),
         (("no-such-script.py",), "no script 'no-such-script.py'"),
         (("-m", "no_such_module"), "no module 'no_such_module'"),
     ],

@@ -14,6 +14,7 @@ from elasticd.config import (
     DetectionConfig,
     EtcdConfig,
     LinksConfig,
+    MemoryConfig,
     MetricsConfig,
     checked,
     config_for_run,
@@ -84,6 +85,10 @@ def test_everything_that_can_be_said(file: Path) -> None:
         heartbeat_s = 0.2
         dead_after_s = 1
         lease_ttl_s = 9
+        [memory]
+        limit_bytes = 5
+        folder = "/tmp"
+        port = 7001
         """,
     )
     etcd = EtcdConfig(
@@ -107,6 +112,7 @@ def test_everything_that_can_be_said(file: Path) -> None:
         links=LinksConfig(ca="/lca", cert="/lcert", key="/lkey"),
         metrics=MetricsConfig(address="10.0.0.2", port=0, tls_cert="/mcert", tls_key="/mkey"),
         detection=DetectionConfig(heartbeat_s=0.2, dead_after_s=1.0, lease_ttl_s=9),
+        memory=MemoryConfig(limit_bytes=5, folder="/tmp", port=7001),
     )
     assert load_etcd(str(file)) == etcd
     assert load_etcd(str(file), " http://c:1 ,").endpoints == ("http://c:1",)
@@ -168,6 +174,8 @@ WRONG_FOR_A_DAEMON = [
     (ETCD + "[detection]\nheartbeat_s = 0", "detection.heartbeat_s: input should be greater than 0"),
     (ETCD + "[detection]\nheartbeat_s = 0.3", "detection.dead_after_s must be at least twice detection.heartbeat_s"),
     (ETCD + "[detection]\nlease_ttl_s = 1", "detection.lease_ttl_s: input should be greater than or equal to 2"),
+    (ETCD + "[memory]\nlimit_bytes = -1", "memory.limit_bytes: input should be greater than or equal to 0"),
+    (ETCD + '[memory]\nfolder = "/no/such"', "memory.folder /no/such: no such folder; name one on tmpfs"),
     (ETCD + "[detection]\nlease_ttl_s = 5.5", "detection.lease_ttl_s: input should be a valid integer"),
     ("[etcd", "not TOML"),
     ("a = 1\na = 2", "not TOML"),
@@ -257,7 +265,7 @@ def test_certificates_of_links_are_loaded_or_refused_by_field(tmp_path: Path) ->
 def test_a_node_of_one_run_shares_a_machine_with_others() -> None:
     one, two = (config_for_run(("http://127.0.0.1:1",), run_dir=f"/tmp/{n}") for n in "ab")
     assert one.node_id != two.node_id
-    assert (one.peer_port, one.metrics.port, one.links.insecure) == (0, 0, True)
+    assert (one.peer_port, one.metrics.port, one.memory.port, one.links.insecure) == (0, 0, 0, True)
     base = DaemonConfig(node_id="n", address="10.0.0.1", links=LinksConfig(ca="/a", cert="/b", key="/c"))
     of_base = config_for_run(("http://127.0.0.1:1",), run_dir="/tmp/c", base=base)
     assert of_base.links == base.links  # a file that demands certificates is not weakened
@@ -288,6 +296,8 @@ def test_a_job_file_as_a_spec(file: Path) -> None:
         stop_timeout_s = 9
         boundary_timeout_s = 1.5
         spares = 2
+        straggler_factor = 2.5
+        straggler_after_s = 7
         [env]
         B = "2"
         A = ""
@@ -309,7 +319,15 @@ def test_a_job_file_as_a_spec(file: Path) -> None:
         stop_timeout_s=9.0,
         boundary_timeout_s=1.5,
         spares=2,
+        straggler_factor=2.5,
+        straggler_after_s=7.0,
     )
+
+
+def test_stragglers_of_a_job_may_be_left_alone(file: Path) -> None:
+    assert job(file, JOB + "stragglers = false\nstraggler_factor = 2").straggler_factor == 0.0
+
+
 
 
 @pytest.mark.parametrize(
@@ -335,6 +353,8 @@ WRONG_FOR_A_JOB = [
     ("id = ''\ncommand = ['x']", "id: '': letters, digits"),
     ("id = 'a/../b'\ncommand = ['x']", "id: 'a/../b': letters, digits"),
     (JOB + "comand = []", "comand: unknown key"),
+    (JOB + "ranks_per_replica = 0", "ranks_per_replica: input should be greater than or equal to 1"),
+    (JOB + "nodes = '1:3'\nranks_per_replica = 4", "1 to 3 nodes with 1 ranks each never make whole replicas of 4 ranks"),
     (JOB + "nodes = 2", "nodes: input should be a valid string"),
     (JOB + "nodes = '2-3'", "nodes: '2-3' is not of the form MIN:MAX"),
     (JOB + "nodes = '3:2'", "nodes: the minimum 3 is above the maximum 2"),
@@ -349,6 +369,9 @@ WRONG_FOR_A_JOB = [
     (JOB + "max_restarts = -1", "max_restarts: input should be greater than or equal to 0"),
     (JOB + "max_restarts = '3'", "max_restarts: input should be a valid integer"),
     (JOB + "stop_timeout_s = -0.1", "stop_timeout_s: input should be greater than or equal to 0"),
+    (JOB + "straggler_factor = 1", "straggler_factor: input should be greater than 1"),
+    (JOB + "straggler_factor = nan", "straggler_factor: input should be"),
+    (JOB + "straggler_after_s = -1", "straggler_after_s: input should be greater than or equal to 0"),
     (JOB + "warm = 1", "warm: input should be a valid boolean"),
     (JOB + "env = {A = 1}", "env.A: input should be a valid string"),
     (JOB + "env = {'A=B' = 'x'}", "env: 'A=B' cannot be an environment variable"),

@@ -192,6 +192,7 @@ def test_every_panel_shows_data_of_a_real_run(namespaces: None, tmp_path: Path) 
 
 def train(cluster: Cluster, checkpoints: Path) -> None:
     arguments = {"--steps": 1_000_000, "--width": 32, "--save-every": 25, "--checkpoint-dir": checkpoints}
+    arguments |= {"--memory-every": 8}
     flags = [str(part) for pair in arguments.items() for part in pair]
     command = ["elasticd.examples.byte_gpt", *flags]
     cluster.submit(JOB, command, module=True, nodes="1:2", max_restarts=3)

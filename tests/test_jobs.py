@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from elasticd.cluster.jobs import cancel_job, prepare_job, read_view, submit_job
+from elasticd.cluster.jobs import cancel_job, prepare_job, read_view, submit_job, undrain_node
+from elasticd.commands.status import describe, render
 from elasticd.core import keys
 from elasticd.core.model import BootId, Cause, JobId, JobSpec, Member, NodeId, Phase, Round
 from elasticd.core.records import to_json
+from elasticd.core.stragglers import Eviction, Grounds, Offences, Quarantine
 from elasticd.errors import JobRefused
 from elasticd.testing.memory_store import MemoryStore
 
@@ -78,3 +80,21 @@ def test_an_abandoned_run_with_other_limits_is_refused_until_it_is_cancelled(sto
     held = read_view(store).job(JOB).spec
     assert held is not None
     assert held.value.max_nodes == 3
+
+
+def test_a_quarantine_is_shown_with_its_reason_and_ends_when_the_operator_says_so(store: MemoryStore) -> None:
+    node = NodeId("a")
+    quarantine = Quarantine(node_id=node, grounds=Grounds.GPU, reason="GPU 0: lost", offences=2, seconds=60, until=1e9)
+    store.put(keys.quarantine(node), to_json(quarantine))
+    store.put(keys.offences(node), to_json(Offences(node_id=node, count=2)))
+    eviction = Eviction(job_id=JOB, node_id=node, grounds=Grounds.GPU, reason="GPU 0: lost")
+    store.put(keys.eviction(JOB, node), to_json(eviction))
+    found = describe(read_view(store), {})
+    assert [one["reason"] for one in found["quarantines"]] == ["GPU 0: lost"]
+    texts = [str(part) for part in render(found).renderables]
+    assert any("a is in quarantine until 2001-09-0" in text and "elasticd undrain a" in text for text in texts)
+    assert undrain_node(store, node)
+    view = read_view(store)
+    assert (view.quarantines, view.offences, view.cordoned) == ({}, {}, frozenset())
+    assert view.aside(JOB) == {node}  # the budget does not forget
+    assert not undrain_node(store, node)

@@ -36,12 +36,13 @@ from elasticd.config import DaemonConfig, MetricsConfig
 from elasticd.core import messages
 from elasticd.core.machine import Settings
 from elasticd.core.messages import Report
-from elasticd.core.model import Capacity, Cause, JobId, JobSpec, NodeId, Phase, Round, Topology
+from elasticd.core.model import Capacity, Cause, Gpu, JobId, JobSpec, NodeId, Phase, Round, Topology
 from elasticd.daemon.main import describe_node
 from elasticd.daemon.node import NodeLoop, Setup
 from elasticd.daemon.observer import JobMetrics, MetricsService, Tracker
 from elasticd.metrics import definitions, training
-from elasticd.metrics.gpu import Gpus
+from elasticd.metrics.gpu import Gpus, GpuSample
+from elasticd.metrics.gpu_health import GpuHealth
 from elasticd.metrics.machine import target_groups
 from elasticd.metrics.recovery import Recovered, Recovery
 from elasticd.metrics.saving import SaveReport
@@ -636,6 +637,10 @@ def test_gpus_are_read_and_a_lost_one_stops_nothing(fake_gpus: FakeGpus) -> None
         assert (first["utilization"], first["power_watts"], first["temperature_celsius"]) == (0.87, 350.0, 61)
         assert (first["ecc_corrected"], first["ecc_uncorrected"]) == (3, 0)
         assert (second["memory_used_bytes"], second["ecc_corrected"]) == (5 << 30, None)
+        for xid in (13, 79):  # a program's fault, and the hardware's
+            fake_gpus.set(1, **HEALTHY, xid=xid)
+            samples()
+        assert [each["xids"] for each in samples()] == [[], [13, 79]]
         fake_gpus.set(1, lost=1)
         first, second = samples()
         assert first["up"]
@@ -646,6 +651,37 @@ def test_gpus_are_read_and_a_lost_one_stops_nothing(fake_gpus: FakeGpus) -> None
     finally:
         reader.kill()
         reader.communicate()
+
+
+def sample(index: int = 0, **answered: object) -> GpuSample:
+    gpu = Gpu(index=index, name="Fake H100", uuid=f"GPU-{index}", memory_bytes=1)
+    return GpuSample(gpu=gpu, **{"up": True, "ecc_uncorrected": 2, "remap_failed": False, **answered})
+
+
+@pytest.mark.parametrize(
+    ("later", "trouble"),
+    [
+        ({}, ""),
+        ({"ecc_uncorrected": 3}, "GPU 1 (GPU-1): 1 uncorrectable ECC errors since the daemon started"),
+        ({"ecc_uncorrected": 0}, ""),  # the driver was loaded anew
+        ({"ecc_uncorrected": None, "remap_failed": None}, ""),  # not supported
+        ({"remap_failed": True}, "GPU 1 (GPU-1): row remapping has failed"),
+        ({"temperature_celsius": 95.0}, ""),
+        ({"xids": (13, 31, 79)}, "GPU 1 (GPU-1): XID 79, GPU has fallen off the bus"),
+        ({"xids": (13, 31)}, ""),
+    ],
+)
+def test_what_makes_a_gpu_sick(later: dict[str, object], trouble: str) -> None:
+    health = GpuHealth()
+    assert health.judge([sample(0), sample(1)]) == ""
+    assert health.judge([sample(0), sample(1, **later)]) == trouble
+
+
+def test_a_gpu_is_lost_when_it_is_silent_for_a_while_and_no_longer_when_it_answers() -> None:
+    health = GpuHealth()
+    told = [health.judge([sample(up=up)]) for up in (True, False, False, True, False, False, False, False, True)]
+    assert [bool(trouble) for trouble in told] == [False] * 6 + [True, True, False]
+    assert "lost" in told[6]
 
 
 HAS_DRIVER = Path("/dev/nvidiactl").exists()

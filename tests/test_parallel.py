@@ -5,7 +5,10 @@ The byte GPT in worlds of forked ranks over real gloo.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,7 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from worker_runs import byte_gpt, ledger, run_world, world
 
@@ -96,6 +100,62 @@ def test_a_checkpoint_goes_on_under_any_other_layout(tmp_path: Path, alone: dict
         losses = curve(tmp_path / "ledger", parallel, size, steps=2 * number - 1, into=tmp_path / "checkpoints")
     for step, loss in losses.items():
         assert loss == pytest.approx(alone[step], rel=1e-4), step
+
+
+def train_exactly(until: int, caps: list[int], directory: Path) -> None:
+    """Run by a rank: split over two, with dropout on what all of a replica's ranks have; prints all the weights."""
+    cap = caps[int(os.environ["RANK"]) // 2]
+    settings = {"micro_batches": COUNT, "max_micro_batches": cap, "exact": True, "layout": Layout(tensor=2)}
+    with Session(checkpoint_dir=directory, seed=SEED, **settings) as session:
+        model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+        parallelize_module(model, session.mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        session.register(model=model, optimizer=optimizer)
+        session.restore()
+        data = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+        for step in session.steps(until=until):
+            with step:
+                for inputs in step.micro_batches(data, size=SIZE):
+                    step.backward((model(inputs) - inputs.sum(1, keepdim=True)).square().mean())
+                optimizer.step()
+        parts = [each.full_tensor() if isinstance(each, DTensor) else each for each in model.parameters()]
+        print(hashlib.sha256(b"".join(part.detach().numpy().tobytes() for part in parts)).hexdigest())
+
+
+def test_exact_mode_has_the_same_bits_on_any_number_of_tensor_parallel_replicas(tmp_path: Path) -> None:
+    def bits(until: int, caps: list[int], name: str) -> str:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (found,) = {each.strip() for each in run_world(2 * len(caps), train_exactly, until, caps, tmp_path / name)}
+        return found
+
+    whole = bits(12, [4], "whole")
+    assert bits(12, [1, 3], "two") == whole
+    assert bits(5, [4], "restarted") != whole
+    assert bits(12, [2, 2], "restarted") == whole
+
+
+def train_unequal(until: int) -> None:
+    """Run by a rank of four, in replicas of two: the last one takes three times as long."""
+    with Session(micro_batches=COUNT, layout=Layout(tensor=2)) as session:
+        model = DistributedDataParallel(small(session), process_group=session.mesh.get_group("dp"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        session.register(model=model, optimizer=optimizer)
+        for step in session.steps(until=until):
+            with step:
+                for inputs in step.micro_batches(torch.ones(64, 6), size=SIZE):
+                    time.sleep(0.06 if session.rank == 3 else 0.02)
+                    step.backward(model(inputs).square().mean())
+                optimizer.step()
+            print(json.dumps(step.sample_ids))
+
+
+def test_a_replica_gives_work_away_when_one_of_its_ranks_is_slow() -> None:
+    outputs = run_world(4, train_unequal, 16)
+    ids = [[json.loads(line) for line in output.splitlines()] for output in outputs]
+    assert ids[0] == ids[1]
+    assert ids[2] == ids[3]
+    assert (len(ids[0][0]), len(ids[2][0])) == (2 * SIZE, 2 * SIZE)
+    assert (len(ids[0][-1]), len(ids[2][-1])) == (3 * SIZE, SIZE)
 
 
 # --- how ranks are arranged ---

@@ -124,6 +124,39 @@ def test_the_loss_curve_is_the_same_on_any_world_and_under_any_shares(tmp_path: 
             assert other[step] == pytest.approx(loss, rel=1e-4), (caps, step)
 
 
+def train_epochs(until: int, directory: Path, path: Path) -> None:
+    """Run by a rank: 40 samples, 16 a step, so that the third and the fifth step hold an epoch's end."""
+    with Session(checkpoint_dir=directory, micro_batches=COUNT, seed=SEED) as session, path.open("a") as file:
+        model = DistributedDataParallel(small())
+        session.register(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
+        session.restore()
+        for step in session.steps(until=until):
+            with step:
+                for inputs, targets in step.micro_batches(Points(40), size=2):
+                    step.backward((model(inputs) - targets).square().mean())
+            file.write(json.dumps({"step": session.step, "ids": step.sample_ids, "epoch": session.cursor.epoch}) + "\n")
+
+
+def test_an_epoch_ends_in_the_middle_of_a_step_and_of_a_resize_with_each_sample_once(tmp_path: Path) -> None:
+    """Nothing is dropped or padded: the step takes the rest from the next epoch."""
+    path = tmp_path / "ledger"
+    for size, until in ((2, 2), (3, 3), (1, 5)):
+        run_world(size, train_epochs, until, tmp_path / "checkpoints", path)
+    by_step = defaultdict(list)
+    for line in ledger(path):
+        by_step[line["step"]] += line["ids"]
+    assert {step: len(ids) for step, ids in by_step.items()} == dict.fromkeys(range(1, 6), 16)
+    for epoch in (0, 1):
+        order = sample_ids(Cursor(epoch=epoch), range(40), size=40, seed=SEED)
+        assert sorted(order) == list(range(40))
+        first = 40 * epoch
+        for step, ids in by_step.items():
+            span = range(max(first, 16 * (step - 1)), min(first + 40, 16 * step))
+            assert {order[position - first] for position in span} <= set(ids), (epoch, step)
+    assert sorted(sample for ids in by_step.values() for sample in ids) == sorted([*range(40), *range(40)])
+    assert {line["step"]: line["epoch"] for line in ledger(path)} == {1: 0, 2: 0, 3: 1, 4: 1, 5: 2}
+
+
 def train_points(until: int, caps: list[int], directory: Path | None, exact: bool, workers: int = 0) -> None:
     """Run by a rank: prints the SHA-256 of the weights at the end."""
     rank = int(os.environ["RANK"])
@@ -239,7 +272,7 @@ def test_shares_follow_speed_within_ten_steps_and_say_why(tmp_path: Path) -> Non
         env = {"ELASTICD_SOCKET": daemon.path, "ELASTICD_JOB_ID": "job", "ELASTICD_ROUND": "1"}
         outputs = run_world(2, train_unequal, 34, "auto", **env)
         eventually(daemon.heard_out)
-        events = daemon.of_type("rebalanced")
+        events, speeds = daemon.of_type("rebalanced"), daemon.of_type("speeds")
     shares = list(zip(*([json.loads(line)[1] for line in output.splitlines()] for output in outputs), strict=True))
     assert shares[0] == (4, 4)
     assert set(shares[10:20]) == {(6, 2)}
@@ -247,6 +280,9 @@ def test_shares_follow_speed_within_ten_steps_and_say_why(tmp_path: Path) -> Non
     assert (events[0]["shares"], events[-1]["shares"]) == ([6, 2], [4, 4])
     assert events[0]["reason"] == "rank 1 ended last"
     assert events[0]["after_s"] < events[0]["before_s"]
+    first, other = speeds[0]["seconds"]
+    assert 0 < 2 * first < other
+    assert (speeds[0]["shares"], speeds[0]["balanced"]) in (([6, 2], True), ([4, 4], True))
 
 
 def test_balance_off_gives_equal_shares() -> None:

@@ -576,6 +576,31 @@ def env(daemon: FakeDaemon, *, round_number: int = 7) -> dict[str, str]:
     return {"ELASTICD_SOCKET": daemon.path, "ELASTICD_JOB_ID": "job", "ELASTICD_ROUND": str(round_number)}
 
 
+def step_unequally(until: int) -> None:
+    """Run by a rank that divides its batch itself: rank 1 takes three times as long."""
+    with Session() as session:
+        model, optimizer = trainee(session)
+        model = DistributedDataParallel(model)
+        for step in session.steps(until=until):
+            with step:
+                optimizer.zero_grad()
+                loss = model(torch.ones(1, 1)).sum()
+                time.sleep(0.09 if session.rank else 0.03)
+                loss.backward()
+                optimizer.step()
+
+
+def test_the_daemon_hears_how_fast_the_ranks_are_that_divide_their_batch_themselves(daemon: FakeDaemon) -> None:
+    run_world(2, step_unequally, 16, **env(daemon))
+    eventually(daemon.heard_out)
+    fast, slow = daemon.of_type("speeds")[0]["seconds"]
+    assert 2 * fast < slow  # without the waiting
+    assert "shares" not in daemon.of_type("speeds")[0]
+    assert {message["connection"] for message in daemon.of_type("speeds")} == {
+        message["connection"] for message in daemon.of_type("worker_hello") if message["rank"] == 0
+    }
+
+
 def step_until_told(directory: Path | None, until: int, step_s: float = 0.002) -> None:
     """Run by a rank: steps of a known length."""
     with Session(checkpoint_dir=directory) as session:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from elasticd.cluster.store import Compare
 from elasticd.core import keys, messages
-from elasticd.core.messages import Event, WriteFinished
+from elasticd.core.messages import Event, Mark, WriteFinished
 from elasticd.core.model import BootId, Capacity, Cause, JobId, JobSpec, Member, Node, NodeId, Phase, Round
-from elasticd.core.records import to_json
+from elasticd.core.records import from_json, to_json
+from elasticd.core.stragglers import Eviction, Grounds, Offences, Tally
 from elasticd.daemon.storekeeper import StoreKeeper
 from elasticd.errors import LeaseLost, OperatorError
 from elasticd.testing.memory_store import MemoryStore
@@ -100,6 +102,38 @@ def test_all_that_a_run_leaves_behind_goes_with_its_last_record(store: MemorySto
     left = {entry.key: entry.lease for entry in store.snapshot(keys.PREFIX).entries}
     assert set(left) == {keys.spec(JOB), keys.round_(JOB), keys.checkpoint(JOB)}
     assert 0 not in left.values()
+
+
+def test_an_eviction_is_written_with_its_round_or_not_at_all(store: MemoryStore) -> None:
+    """Each record on a lease of its own, which says in Unix time when it ends; the tally for good."""
+    keeper = keeper_of(store, [])
+    eviction = Eviction(job_id=JOB, node_id=NodeId("b"), grounds=Grounds.SLOW, reason="slow")
+    marks = (
+        Mark(key=keys.TALLY, record=Tally(evictions=1), expected_mod_revision=0),
+        Mark(key=keys.eviction(JOB, NodeId("b")), record=eviction, ttl_s=60),
+        Mark(key=keys.offences(NodeId("b")), record=Offences(node_id=NodeId("b"), count=1), ttl_s=600),
+    )
+
+    def propose(number: int) -> None:
+        held = store.get(keys.round_(JOB))
+        written = Round(number=number, phase=Phase.RUNNING, cause=Cause.STRAGGLER)
+        expected = held.mod_revision if held else 0
+        keeper._carry_out(
+            messages.ProposeRound(job_id=JOB, round=written, expected_mod_revision=expected, guards=(), marks=marks)
+        )
+
+    propose(1)
+    records = {entry.key: entry for entry in store.snapshot(keys.PREFIX).entries}
+    leases = [records[mark.key].lease for mark in marks]
+    assert leases[0] == 0
+    assert 0 not in leases[1:]
+    assert leases[1] != leases[2]
+    until = from_json(Eviction, records[marks[1].key].value).until
+    assert 50 < until - time.time() <= 60
+    propose(2)  # the tally has moved on: another eviction was counted meanwhile
+    held = store.get(keys.round_(JOB))
+    assert held is not None
+    assert from_json(Round, held.value).number == 1
 
 
 def test_a_record_of_our_own_id_that_cannot_be_read_is_the_operators(store: MemoryStore) -> None:

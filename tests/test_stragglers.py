@@ -148,19 +148,25 @@ def suspect(gain: float = 0.5, *, budget_left: bool = True) -> Suspect:
 
 
 @pytest.mark.parametrize(
-    ("who", "stay", "minimum", "verdict"),
+    ("who", "without", "verdict"),
     [
-        (suspect(-1.0), [A, B, C], 2, Exchange(suspect=suspect(-1.0), spare=C)),
-        (suspect(0.5), [A, B], 1, Exchange(suspect=suspect(0.5), spare=None)),
-        (suspect(0.05), [A, B], 1, SuspectKept(B, Why.BETTER_WITH_IT)),
-        (suspect(0.5), [A, B], 2, SuspectKept(B, Why.TOO_FEW_NODES)),
-        (suspect(0.5, budget_left=False), [A, B, C], 1, SuspectKept(B, Why.BUDGET_SPENT)),
+        (suspect(-1.0), [A, C, D], Exchange(suspect=suspect(-1.0), spare=D)),
+        (suspect(0.5), [A, C], Exchange(suspect=suspect(0.5), spare=None)),
+        (suspect(0.05), [A, C], SuspectKept(B, Why.BETTER_WITH_IT)),
+        (suspect(0.9), [A], SuspectKept(B, Why.BETTER_WITH_IT)),  # C would have no whole replica
+        (
+            replace(suspect(1.0), grounds=Grounds.GPU),
+            [A],
+            Exchange(suspect=replace(suspect(1.0), grounds=Grounds.GPU), spare=None),
+        ),
+        (suspect(0.5), [], SuspectKept(B, Why.TOO_FEW_NODES)),
+        (suspect(0.5, budget_left=False), [A, C, D], SuspectKept(B, Why.BUDGET_SPENT)),
     ],
 )
 def test_an_exchange_a_smaller_world_or_none(
-    who: Suspect, stay: list[NodeId], minimum: int, verdict: Exchange | SuspectKept
+    who: Suspect, without: list[NodeId], verdict: Exchange | SuspectKept
 ) -> None:
-    assert judge_suspect(who, {A, B}, stay, minimum) == verdict
+    assert judge_suspect(who, {A, B, C}, without) == verdict
 
 
 def test_a_sick_gpu_comes_before_a_slow_node_and_waits_for_nothing() -> None:

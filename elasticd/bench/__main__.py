@@ -19,6 +19,7 @@ from elasticd.bench import (
     checkpoint,
     idle,
     join,
+    memory,
     node_kill,
     overhead,
     rendezvous,
@@ -49,6 +50,7 @@ EXPERIMENTS: dict[str, Callable[[Options], list[Figure]]] = {
         session_cost,
         balance,
         checkpoint,
+        memory,
     )
 }
 

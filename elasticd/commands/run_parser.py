@@ -45,6 +45,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--ranks-per-replica", type=int, default=1, help="the world is a multiple of this; the other nodes are spares"
     )
     own.add_argument("--boundary-timeout", type=float, default=30.0, help="seconds to wait for a step boundary")
+    own.add_argument(
+        "--memory-bytes",
+        type=int,
+        default=None,
+        help="how much memory copies of the workers' state may take here (default: a quarter of it; 0: none)",
+    )
     own.add_argument("--log-level", default="", help="DEBUG, INFO, WARNING (default) or ERROR")
     return parser
 
@@ -58,6 +64,8 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         raise ConfigError(f"--nnodes {plain['nnodes']!r} is neither N nor MIN:MAX") from error
     if not 1 <= plain["min_nodes"] <= plain["max_nodes"]:
         raise ConfigError(f"--nnodes {plain['nnodes']}: the minimum is above the maximum, or below 1")
+    if plain["memory_bytes"] is not None and plain["memory_bytes"] < 0:
+        raise ConfigError("--memory-bytes must not be negative")
     if plain["max_restarts"] < 0:
         raise ConfigError("--max-restarts must not be negative")
     try:

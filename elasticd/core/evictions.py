@@ -7,11 +7,36 @@ and is not counted, or is in quarantine and holds it. Not here: who is slow (str
 from __future__ import annotations
 
 from elasticd.core import keys
-from elasticd.core.messages import Mark, Report
+from elasticd.core.messages import Mark, Report, SpeedsMeasured
 from elasticd.core.model import Cause, JobId, Round
-from elasticd.core.stragglers import Eviction, Exchange, Offences, Policy, Quarantine, Suspect, Tally, find_suspect
+from elasticd.core.rendezvous import Reason, Situation
+from elasticd.core.stragglers import (
+    Eviction,
+    Exchange,
+    Offences,
+    Policy,
+    Quarantine,
+    Suspect,
+    SuspectKept,
+    Tally,
+    find_suspect,
+)
 from elasticd.core.task import Task
 from elasticd.core.view import Job, View
+
+
+def note_speeds(task: Task, event: SpeedsMeasured, now: float) -> str:
+    """Figures that cannot be are refused, and ranks without any are not judged: said once a round; "" otherwise."""
+    current = task.last_round
+    if current is None or current.number != event.round_number:
+        return ""
+    try:
+        task.speeds.add(event.measured, current.seats, task.spec.straggler_factor, now)
+        unknown = task.speeds.unknown()
+        refused = f"no measure of ranks {list(unknown)}" if unknown else ""
+    except ValueError as error:
+        refused = str(error)
+    return refused if refused and task.tell(refused) else ""
 
 
 def suspect_of(task: Task, job: Job, view: View, policy: Policy, now: float) -> Suspect | None:
@@ -53,6 +78,20 @@ def marks_of(exchange: Exchange, job_id: JobId, view: View, policy: Policy) -> t
         )
         marks.append(Mark(key=keys.quarantine(node_id), record=record, ttl_s=seconds))
     return tuple(marks)
+
+
+def kept_of(task: Task, situation: Situation, reason: Reason | None) -> Report | None:
+    """That a suspect keeps its seat, and why: once a round."""
+    suspect = situation.suspect
+    if not isinstance(reason, SuspectKept) or suspect is None or not task.tell(reason):
+        return None
+    return Report(
+        event="straggler_kept",
+        details=(
+            *(("job", task.spec.job_id), ("round", task.started_round), ("straggler", reason.node_id)),
+            *(("why", reason.why.value), ("grounds", suspect.grounds.value), ("reason", suspect.reason)),
+        ),
+    )
 
 
 def report_of(current: Round, job_id: JobId, view: View) -> Report | None:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 
 from elasticd.core import keys, messages
 from elasticd.core.deadline import StepDeadline
-from elasticd.core.evictions import marks_of, report_of, suspect_of
+from elasticd.core.evictions import kept_of, marks_of, note_speeds, report_of, suspect_of
 from elasticd.core.membership import Evidence, Link
 from elasticd.core.messages import Down, Effect, Event, Guard, Mark, PeerAddress, Report, Write
 from elasticd.core.model import Failure, JobId, JobSpec, Node, NodeId, Phase, Round
 from elasticd.core.proposer import Proposer
-from elasticd.core.rendezvous import NothingToChange, Proposal, Situation
+from elasticd.core.rendezvous import NothingToChange, Proposal
 from elasticd.core.scheduling import choose_job
 from elasticd.core.situation import Knowledge, assess, outsider_lost_all, peers_wanted, seniority, unreachable
 from elasticd.core.stages import Stage, Trigger, advance
@@ -170,27 +170,11 @@ class Machine:
                 task.sessions[event.rank] = event.step
                 yield self._report_round("boundary", event.round_number, step=event.step)
             case messages.SpeedsMeasured() if event.round_number == task.started_round:
-                yield from self._note_speeds(event, task, now)
+                refused = note_speeds(task, event, now)
+                if refused:
+                    yield self._report_round("speeds_refused", event.round_number, reason=refused)
             case _:
                 pass  # about an older round: its workers are being stopped
-
-    def _note_speeds(self, event: messages.SpeedsMeasured, task: Task, now: float) -> Iterator[Effect]:
-        """Figures that cannot be are refused, and ranks without any are not judged: each is said once a round."""
-        if task.last_round is None or task.last_round.number != event.round_number:
-            return
-        try:
-            task.speeds.add(event.measured, task.last_round.seats, task.spec.straggler_factor, now)
-            refused = f"no measure of ranks {list(task.speeds.unknown())}" if task.speeds.unknown() else ""
-        except ValueError as error:
-            refused = str(error)
-        if refused and self._tell(task, refused):
-            yield self._report_round("speeds_refused", event.round_number, reason=refused)
-
-    def _tell(self, task: Task, what: object) -> bool:
-        """Whether this was not reported in this round yet."""
-        new = what not in task.told
-        task.told.add(what)
-        return new
 
     def _write_finished(self, event: messages.WriteFinished) -> Iterator[Effect]:
         self._in_flight.discard(event.write)
@@ -368,10 +352,12 @@ class Machine:
         boundary_at = task.boundary_at() if self.stage is Stage.RUNNING else 0.0
         place = seniority(situation, self.node.node_id, self.links)
         due = self._proposer.consider(situation, place, boundary_at, now)
-        yield from self._report_kept(task, situation, place)
+        kept = kept_of(task, situation, self._proposer.reason) if place == 0 else None
+        if kept is not None:
+            yield kept
         if due.ask_boundary and task.boundary_asked is None:
             task.boundary_asked = (task.started_round, now)
-            yield messages.RequestBoundary(round_number=task.started_round)
+            yield messages.RequestBoundary(round_number=task.started_round, need=due.need)
             self._wake(now + task.spec.boundary_timeout_s)
         if due.wake_at is not None:
             self._wake(due.wake_at)
@@ -383,22 +369,6 @@ class Machine:
 
     def _nothing_to_change(self) -> bool:
         return isinstance(self._proposer.reason, NothingToChange | SuspectKept)
-
-    def _report_kept(self, task: Task, situation: Situation, place: int | None) -> Iterator[Effect]:
-        """By the one who would propose: that a suspect keeps its seat, and why."""
-        kept = self._proposer.reason
-        if not isinstance(kept, SuspectKept) or place != 0 or not self._tell(task, kept):
-            return
-        assert situation.suspect is not None
-        grounds, reason = situation.suspect.grounds.value, situation.suspect.reason
-        yield self._report_round(
-            "straggler_kept",
-            task.started_round,
-            straggler=kept.node_id,
-            why=kept.why.value,
-            grounds=grounds,
-            reason=reason,
-        )
 
     def _knowledge(self, job: Job, task: Task, now: float) -> Knowledge:
         """What may count as evidence now: silence that began in an outage of the store may be our own."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from elasticd.core.memory import Need
 from elasticd.core.model import BootId, Failure, JobId, JobSpec, Member, NodeId, Round
 from elasticd.core.stragglers import Eviction, Measured, Offences, Quarantine, Tally
 from elasticd.core.view import Entry
@@ -336,9 +337,10 @@ class EndAgent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestBoundary:
-    """Ask the local sessions to stop at the next common step boundary."""
+    """Ask the local sessions to stop at the next common step boundary, the state in such a place by then."""
 
     round_number: int
+    need: Need = Need.DISK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,6 +68,8 @@ class Node:
     python_version: str = ""
     protocol: int = PROTOCOL_VERSION
     metrics_address: str = ""
+    #: Where it takes and gives copies of workers' memory; 0: it keeps none.
+    memory_port: int = 0
 
     @property
     def metrics_target(self) -> str:

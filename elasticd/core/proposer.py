@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from elasticd.core.memory import Need, need_of_change
+from elasticd.core.model import Phase
 from elasticd.core.rendezvous import Proposal, Reason, Situation, Wait, decide_round
 
 #: Between the turns of two members; twenty times what a transaction and its watch take.
@@ -22,6 +24,7 @@ class Due:
 
     proposal: Proposal | None = None
     ask_boundary: bool = False
+    need: Need = Need.DISK
     wake_at: float | None = None
     waited_s: float = 0.0
 
@@ -48,7 +51,7 @@ class Proposer:
         if now < due_at:
             return Due(wake_at=due_at)
         if decision.planned and boundary_at is None:
-            return Due(ask_boundary=True)
+            return Due(ask_boundary=True, need=_need(situation, decision))
         if decision.planned and boundary_at is not None and now < boundary_at:
             return Due(wake_at=boundary_at)
         return Due(proposal=decision, waited_s=now - self._since)
@@ -59,3 +62,14 @@ class Proposer:
         if wish != self._wish:
             self._wish, self._since = wish, now
         return self._since + decision.settle_s + TURN_S * min(place, LAST_TURN)
+
+
+def _need(situation: Situation, decision: Proposal) -> Need:
+    """Where the state must be before the change is made."""
+    seats = situation.round.seats if situation.round is not None else ()
+    wanted = decision.round
+    return need_of_change(
+        [seat.node_id for seat in seats],
+        [seat.node_id for seat in wanted.seats],
+        goes_on=wanted.phase is Phase.RUNNING,
+    )

@@ -22,7 +22,7 @@ from elasticd.core.model import (
 )
 from elasticd.core.ring import seat_members
 from elasticd.core.seating import choose_members
-from elasticd.core.stragglers import Exchange, Grounds, Suspect, SuspectKept, Why, judge_suspect
+from elasticd.core.stragglers import Exchange, Grounds, Suspect, SuspectKept, judge_suspect
 from elasticd.core.view import Keyed
 
 
@@ -192,14 +192,7 @@ def _judge(situation: Situation, seats: frozenset[NodeId], stay: Sequence[NodeId
     suspect = situation.suspect
     if suspect is None or suspect.node_id not in seats:
         return None
-    verdict = judge_suspect(suspect, seats, stay, situation.spec.min_nodes)
-    if isinstance(verdict, SuspectKept):
-        return verdict
-    without = _chosen(situation, [node for node in stay if node != suspect.node_id])
-    if not without:
-        return SuspectKept(suspect.node_id, Why.TOO_FEW_NODES)
-    spare = verdict.spare if verdict.spare in without else next((node for node in without if node not in seats), None)
-    return replace(verdict, spare=spare)
+    return judge_suspect(suspect, seats, _chosen(situation, [node for node in stay if node != suspect.node_id]))
 
 
 def _exchanged(situation: Situation, stay: Sequence[NodeId], exchange: Exchange) -> Proposal | Wait:
@@ -228,15 +221,17 @@ def _after_failure(situation: Situation, current: Round, stay: Sequence[NodeId],
 def _together(situation: Situation, candidates: Sequence[NodeId], seats: frozenset[NodeId]) -> list[NodeId]:
     """Those who hold seats; of the rest, the oldest first, whoever has not been lost by one who is in before him.
 
-    Those who were put aside are among them only as far as the minimum needs them.
+    Those who were put aside are among them only where there is no world without them, as far as the minimum needs.
     """
     together: list[NodeId] = []
     for node in sorted(candidates, key=lambda node: node not in seats):
         if node in seats or not any(_apart(situation, node, other) for other in together):
             together.append(node)
+    last_resort = [node for node in together if node in situation.aside]
     wanted = [node for node in together if node not in situation.aside]
-    short = max(0, situation.spec.min_nodes - len(wanted))
-    return wanted + [node for node in together if node in situation.aside][:short]
+    if not last_resort or _chosen(situation, wanted):
+        return wanted
+    return wanted + last_resort[: max(0, situation.spec.min_nodes - len(wanted)) or len(last_resort)]
 
 
 def _apart(situation: Situation, one: NodeId, other: NodeId) -> bool:

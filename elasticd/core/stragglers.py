@@ -284,15 +284,17 @@ def find_suspect(
     return Suspect(node_id=node_id, grounds=Grounds.SLOW, reason=reason, gain=gain, budget_left=budget_left)
 
 
-def judge_suspect(
-    suspect: Suspect, seats: Collection[NodeId], stay: Sequence[NodeId], minimum: int
-) -> Exchange | SuspectKept:
-    """``stay``: who may be in the next world, seats and spares, the suspect among them."""
-    spare = next((node for node in stay if node not in seats), None)
-    if spare is None and len(stay) - 1 < minimum:
+def judge_suspect(suspect: Suspect, seats: Collection[NodeId], without: Sequence[NodeId]) -> Exchange | SuspectKept:
+    """``without``: the best world in which the suspect has no seat; empty when there is none.
+
+    The suspect's gain is that of a world which is smaller by the suspect alone: for one that is smaller by more (whole
+    replicas) no slow node is given up.
+    """
+    fewer = len(seats) - len(without)
+    if not without:
         return SuspectKept(suspect.node_id, Why.TOO_FEW_NODES)
-    if spare is None and suspect.gain < WORTH_A_RESTART:
+    if suspect.grounds is Grounds.SLOW and fewer > 0 and (fewer > 1 or suspect.gain < WORTH_A_RESTART):
         return SuspectKept(suspect.node_id, Why.BETTER_WITH_IT)
     if not suspect.budget_left:
         return SuspectKept(suspect.node_id, Why.BUDGET_SPENT)
-    return Exchange(suspect=suspect, spare=spare)
+    return Exchange(suspect=suspect, spare=next((node for node in without if node not in seats), None))

@@ -60,6 +60,12 @@ class Task:
             return None
         return self.boundary_asked[1] + self.spec.boundary_timeout_s
 
+    def tell(self, what: object) -> bool:
+        """Whether this was not told in this round yet."""
+        new = what not in self.told
+        self.told.add(what)
+        return new
+
     def member(
         self, node: Node, stage: Stage, *, leaving: bool, unreachable: tuple[BootId, ...] = (), trouble: str = ""
     ) -> Member:

@@ -24,6 +24,10 @@ from elasticd.errors import ChannelClosed, OperatorError, ProtocolError
 log = logging.getLogger(__name__)
 
 
+#: Why a worker's request for copies in RAM is refused by a daemon that keeps none.
+NO_MEMORY = "this node keeps no copies in RAM: memory.limit_bytes is 0"
+
+
 class Caller:
     """One connection. ``kind`` is set by its hello."""
 
@@ -60,6 +64,14 @@ class Rebalancing:
     after_s: float
 
 
+class MemoryDesk(Protocol):
+    """What becomes of workers' requests for copies in RAM, and that a worker is gone."""
+
+    def handle(self, caller: Caller, message: Message) -> None: ...
+
+    def left(self, caller: Caller) -> None: ...
+
+
 class LocalServer:
     """``post`` takes events; ``commits`` answers by itself.
 
@@ -73,9 +85,10 @@ class LocalServer:
         observe: Callable[[Caller, Message], None],
         commits: Commits,
         rebalanced: Callable[[Caller, Rebalancing], None],
+        memory: MemoryDesk | None = None,
     ) -> None:
         self._node_id, self._post, self._observe, self._commits = node_id, post, observe, commits
-        self._rebalanced = rebalanced
+        self._rebalanced, self._memory = rebalanced, memory
         self._server: asyncio.Server | None = None
         self._callers: set[Caller] = set()
         self._agent: Caller | None = None
@@ -138,6 +151,8 @@ class LocalServer:
             self._agent = None
             self._post(messages.AgentExited(job_id=caller.job_id, reason="its connection ended"))
         elif caller.kind == "worker":
+            if self._memory is not None:
+                self._memory.left(caller)
             self._post(messages.SessionLeft(round_number=caller.round_number, rank=caller.rank))
 
     def _receive(self, caller: Caller, message: Message) -> None:
@@ -191,7 +206,11 @@ class LocalServer:
                 self._post(messages.SpeedsMeasured(round_number=number, measured=_measured(message)))
             case "rebalanced":
                 self._rebalanced(caller, _rebalancing(number, message))
-            case "checkpoint" | "passed_over":
+            case "memory" if self._memory is not None:
+                self._memory.handle(caller, message)
+            case "memory":
+                caller.send({"type": "memory_answer", "id": int(message["id"]), "ok": False, "reason": NO_MEMORY})
+            case "checkpoint" | "passed_over" | "restored" | "memory_copied":
                 self._observe(caller, message)
             case "commit":
                 self._commits.commit(caller, number, int(message["step"]), str(message["path"]))

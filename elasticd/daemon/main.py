@@ -28,14 +28,18 @@ from elasticd.core.machine import Settings
 from elasticd.core.model import BootId, Capacity, JobSpec, Node, NodeId, Phase
 from elasticd.core.stragglers import Policy
 from elasticd.daemon.launcher import LauncherSettings, WarmLauncher
+from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.node import NodeLoop, Observer, Setup, world_log
 from elasticd.daemon.notify import notify, watchdog_interval_s
 from elasticd.daemon.storekeeper import wait_until_reachable
 from elasticd.errors import OperatorError, StoreUnavailable
+from elasticd.metrics.gpu import Gpus
+from elasticd.metrics.gpu_health import GpuHealth
 
 log = logging.getLogger(__name__)
 
 RUN_STORE_PATIENCE_S = 10.0
+GPU_CHECK_S = 2.0
 
 
 def serve(config: DaemonConfig) -> int:
@@ -110,7 +114,17 @@ def make_setup(config: DaemonConfig, node: Node, spec: JobSpec | None) -> Setup:
         ),
         socket_path=Path(config.run_dir) / f"{config.node_id}.sock",
         history_file=config.history_file,
+        memory=_memory_settings(config, node.capacity),
     )
+
+
+def _memory_settings(config: DaemonConfig, capacity: Capacity) -> MemorySettings | None:
+    """None when this node is to keep no copies in RAM."""
+    asked = config.memory
+    limit_bytes = capacity.memory_bytes // 4 if asked.limit_bytes is None else asked.limit_bytes
+    if not limit_bytes:
+        return None
+    return MemorySettings(folder=asked.folder, limit_bytes=limit_bytes, port=asked.port)
 
 
 def _policy(config: DaemonConfig) -> Policy:
@@ -148,9 +162,12 @@ async def _run(config: DaemonConfig, spec: JobSpec | None, launch: LaunchOptions
         launcher.start(spec)
         _handle_signals(loop, orderly=spec is None)
         notify(f"READY=1\nSTATUS=node {node.node_id} on {node.address}")
-        watchdog = asyncio.create_task(_feed_watchdog())
+        beside = [asyncio.create_task(_feed_watchdog())]
+        if config.stragglers.enabled:
+            beside.append(asyncio.create_task(_watch_gpus(loop, metrics.gpus)))
         status = await loop.finished
-        watchdog.cancel()
+        for task in beside:
+            task.cancel()
         _explain_end(loop)
         return status
     finally:
@@ -186,6 +203,17 @@ async def _feed_watchdog() -> None:
     while interval_s is not None:
         notify("WATCHDOG=1")
         await asyncio.sleep(interval_s)
+
+
+async def _watch_gpus(loop: NodeLoop, gpus: Gpus) -> None:
+    """NVML is asked in its own thread, and waited for in another: it may hang with a sick GPU."""
+    health, told = GpuHealth(), ""
+    while gpus.found:
+        trouble = health.judge(await asyncio.to_thread(gpus.samples))
+        if trouble != told:
+            told = trouble
+            loop.post(messages.GpuTroubled(trouble=trouble))
+        await asyncio.sleep(GPU_CHECK_S)
 
 
 def _explain_end(loop: NodeLoop) -> None:

@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,9 @@ from elasticd.core.model import JobId, JobSpec, Node, Round
 from elasticd.core.records import to_plain
 from elasticd.daemon.history import History
 from elasticd.daemon.local import Caller, LocalServer, Rebalancing
+from elasticd.daemon.memory_copies import Place
+from elasticd.daemon.memory_files import MemorySettings
+from elasticd.daemon.memory_service import MemoryService, World
 from elasticd.daemon.storekeeper import StoreKeeper
 from elasticd.errors import OperatorError
 
@@ -60,6 +63,7 @@ class Setup:
     links: LinkSettings
     socket_path: Path
     history_file: str = ""
+    memory: MemorySettings | None = None
 
 
 class NodeLoop:
@@ -75,7 +79,8 @@ class NodeLoop:
         self._parts = contextlib.AsyncExitStack()
         self._inbox: list[Event] = []
         self._inbox_lock = threading.Lock()
-        self.local = LocalServer(setup.node.node_id, self.post, self._observe, self, self._rebalanced)
+        self.memory = self._make_memory(setup)
+        self.local = LocalServer(setup.node.node_id, self.post, self._observe, self, self._rebalanced, self.memory)
 
     async def start(self) -> None:
         """Listens, then registers. OperatorError when it cannot."""
@@ -84,9 +89,13 @@ class NodeLoop:
         self.peers = PeerLinks(node.node_id, node.boot_id, self.setup.links, self.post)
         self._parts.push_async_callback(self.peers.close)
         peer_port = await self.peers.listen(node.address, node.peer_port)
+        node = replace(node, peer_port=peer_port)
+        if self.memory is not None:
+            self._parts.push_async_callback(self.memory.close)
+            assert self.setup.memory is not None
+            node = replace(node, memory_port=self.memory.listen(node.address, self.setup.memory.port))
         self._parts.push_async_callback(self.local.close)
         await self.local.listen(self.setup.socket_path)
-        node = _with_port(node, peer_port)
         self.history = History(self.setup.history_file, node)
         self._parts.callback(self._end_history)
         self.machine = Machine(node, self.setup.settings)
@@ -161,7 +170,7 @@ class NodeLoop:
             case messages.EndAgent():
                 self._end_agent(effect)
             case messages.RequestBoundary():
-                wanted = {"type": "boundary_wanted", "round": effect.round_number}
+                wanted = {"type": "boundary_wanted", "round": effect.round_number, "need": effect.need.value}
                 self.local.tell_workers(effect.round_number, wanted)
             case Report():
                 self._report(effect, now)
@@ -177,9 +186,14 @@ class NodeLoop:
             self.finished.set_result(effect.status)
 
     def _start_round(self, current: Round) -> None:
+        task = self.machine.task
+        if self.memory is not None and task is not None:
+            self.memory.enter_round(task.spec.job_id, task.spec.user)
         self.local.tell_agent({"type": "round", "round": to_plain(current)})
 
     def _end_agent(self, effect: messages.EndAgent) -> None:
+        if self.memory is not None:
+            self.memory.end_job()
         told = self.local.tell_agent({"type": "exit", "timeout_s": effect.timeout_s})
         self.launcher.end_agent(effect.job_id, effect.timeout_s)
         if not told:
@@ -219,6 +233,33 @@ class NodeLoop:
             *(("reason", what.reason), ("before_s", what.before_s), ("after_s", what.after_s)),
         )
         self._report(Report(event="rebalanced", details=details), time.monotonic())
+
+    def _make_memory(self, setup: Setup) -> MemoryService | None:
+        if setup.memory is None:
+            return None
+        return MemoryService(
+            setup.memory, setup.node.node_id, setup.links, world=self._memory_world, tell=self._memory_told
+        )
+
+    def _memory_world(self) -> World:
+        """The newest round that this node knows, and where its nodes serve copies."""
+        task, view = self.machine.task, self.machine.view
+        current = task.last_round if task is not None else None
+        if current is None:
+            return World()
+        known = {seat.node_id: view.nodes[seat.node_id].value for seat in current.seats if seat.node_id in view.nodes}
+        places = {
+            node_id: Place(node_id=node_id, address=node.address, port=node.memory_port)
+            for node_id, node in known.items()
+            if node.memory_port
+        }
+        return World(seats=current.seats, places=places)
+
+    def _memory_told(self, event: str, details: Mapping[str, object]) -> None:
+        """For the history and the metrics: it comes with every few steps, too often for a line in the log."""
+        self.history.write(event, **details)
+        report = Report(event=event, details=tuple(details.items()))
+        self._observer.reported(report, self.machine, time.monotonic())
 
     def commit(self, caller: Caller, round_number: int, step: int, path: str) -> None:
         """The record of a checkpoint, under the fence of the round that wrote it."""
@@ -276,7 +317,10 @@ class NodeLoop:
 
 
 _WORLD_EVENTS = ("round_seen", "fenced", "workers_failed")
-_WARNINGS = ("workers_failed", "torch_versions_differ", "lease_lost", "agent_lost")
+_WARNINGS = (
+    *("workers_failed", "torch_versions_differ", "lease_lost", "agent_lost"),
+    *("straggler_exchanged", "speeds_refused", "gpu_trouble"),
+)
 
 
 def merge_changes(events: Iterable[Event]) -> list[Event]:
@@ -290,10 +334,6 @@ def merge_changes(events: Iterable[Event]) -> list[Event]:
         else:
             merged.append(event)
     return merged
-
-
-def _with_port(node: Node, peer_port: int) -> Node:
-    return replace(node, peer_port=peer_port)
 
 
 def _brief(value: object) -> object:

@@ -32,6 +32,7 @@ from elasticd.metrics import definitions
 from elasticd.metrics.exporter import Endpoint, Exporter, Request, Response
 from elasticd.metrics.gpu import Gpus
 from elasticd.metrics.machine import health, job_families, node_families, target_groups
+from elasticd.metrics.memory import MemoryMetrics, held_families
 from elasticd.metrics.node import NodeCollector, read_capacity
 from elasticd.metrics.recovery import Recovered, Recovery
 from elasticd.metrics.saving import SaveReport, SavingMetrics
@@ -59,6 +60,7 @@ class JobMetrics:
         self.worker_failures = definitions.WORKER_FAILURES.instrument(registry)
         self.commits = definitions.CHECKPOINT_COMMITS.instrument(registry)
         self.saving = SavingMetrics(registry)
+        self.memory = MemoryMetrics(registry)
         for how in ("refused", "silent", "worker_exit"):
             self.detection.labels(how)
 
@@ -67,6 +69,7 @@ class JobMetrics:
             of_a_job.clear()
         self.worker_failures.labels(job_id)
         self.saving.begin(job_id)
+        self.memory.begin(job_id)
         for result in ("committed", "refused"):
             self.commits.labels(job_id, result)
 
@@ -110,7 +113,7 @@ class Tracker:
             ):  # a script may claim any job
                 self._checkpoint_told(report.event, details)
             case _:
-                pass
+                self._memory_reported(report.event, details)
 
     def stepped(self, rank: int, round_number: int, message: Message, now: float) -> None:
         if round_number == self._round_number:
@@ -123,6 +126,7 @@ class Tracker:
         if machine.task is not None and machine.task.spec.job_id == self._job_id:
             yield from job_families(machine, machine.task)
             yield from self._training.families()
+            yield from self._metrics.memory.families()
             if self._committed is not None:
                 step, at = self._committed
                 yield definitions.CHECKPOINT_STEP.of(step, self._job_id)
@@ -177,6 +181,20 @@ class Tracker:
         else:
             self._metrics.saving.passed_over(self._job_id, whole_of(message["count"]))
 
+    def _memory_reported(self, event: str, details: dict[str, object]) -> None:
+        memory, message = self._metrics.memory, details.get("message")
+        match event:
+            case "memory_kept":
+                memory.kept(details)
+            case "memory_refused":
+                memory.refused()
+            case "memory_copied" if isinstance(message, dict) and details["job"] == self._job_id:
+                memory.copied(message)
+            case "restored" if isinstance(message, dict) and details["job"] == self._job_id:
+                memory.restored(message)
+            case _:
+                pass
+
     def _observe(self, recovered: Recovered | None) -> None:
         if recovered is not None:
             labels = (self._job_id, recovered.cause.value, recovered.until)
@@ -205,6 +223,10 @@ class MetricsService:
 
     def listen(self) -> int:
         return self._exporter.listen()
+
+    @property
+    def gpus(self) -> Gpus:
+        return self._gpus
 
     def attach(self, loop: NodeLoop) -> None:
         """From within the loop."""
@@ -245,6 +267,10 @@ class MetricsService:
             return
         yield definitions.LOOP_DELAY.of(time.monotonic() - asked_at)
         yield from families
+        memory = self._loop.memory if self._loop is not None else None
+        if memory is not None:  # here and not in the loop: it may wait for files to be freed
+            held = memory.held()
+            yield from held_families(held.own_bytes, held.copied_bytes, memory.store.limit_bytes)
 
     def _families(self, loop: NodeLoop) -> list[Metric]:
         answered_at = loop.keeper.answered_at

@@ -183,6 +183,7 @@ def train(arguments: argparse.Namespace) -> None:
         exact=arguments.exact,
         checkpoint_dir=arguments.checkpoint_dir,
         save_every_steps=arguments.save_every,
+        memory_every_steps=arguments.memory_every,
         seed=arguments.seed,
     )
     data = StandardLibrary(arguments.length)
@@ -260,6 +261,7 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=0.0, help="pad each step to this length")
     parser.add_argument("--checkpoint-dir", help="directory for checkpoints; none are saved without it")
     parser.add_argument("--save-every", type=int, default=10, help="steps between two checkpoints")
+    parser.add_argument("--memory-every", type=int, default=0, help="lose fewer steps than this: copies in RAM")
     parser.add_argument("--print-every", type=int, default=10)
     parser.add_argument("--ledger", help="append a JSON line for each completed step of each rank to this file")
     arguments = parser.parse_args()

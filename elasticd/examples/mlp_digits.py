@@ -82,17 +82,15 @@ def train(arguments: argparse.Namespace) -> None:
     if session.rank == 0:
         print(f"begins at step {first} world {session.world_size}", flush=True)
     with session:
-        for step in session.steps(until=arguments.steps):
+        steps = session.steps(until=arguments.steps)
+        for step in session.progress(steps, every_s=arguments.progress_seconds):
             ends_at = time.monotonic() + arguments.step_seconds
             with step:
                 for images, labels in step.micro_batches(digits, size=arguments.batch // arguments.micro_batches):
                     step.backward(functional.cross_entropy(model(images), labels))
                 optimizer.step()
-                loss = step.mean_loss()
-                step.report(loss=loss)
+                step.report(loss=step.mean_loss())
             time.sleep(max(0.0, ends_at - time.monotonic()))
-            if session.rank == 0 and session.step % arguments.print_every == 0:
-                print(f"step {session.step} world {session.world_size} loss {loss:.4f}", flush=True)
         if session.rank == 0:
             share = accuracy(net, test, session.device)
             print(f"accuracy {share:.1%} on {len(test)} test images of {name}, step {session.step}", flush=True)
@@ -108,7 +106,7 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=0.0, help="pad each step to this length")
     parser.add_argument("--checkpoint-dir", help="directory for checkpoints; none are saved without it")
     parser.add_argument("--save-every", type=int, default=50, help="steps between two checkpoints")
-    parser.add_argument("--print-every", type=int, default=50)
+    parser.add_argument("--progress-seconds", type=float, default=10.0, help="between two lines, where no terminal is")
     arguments = parser.parse_args()
     if arguments.micro_batches < 1 or arguments.batch % arguments.micro_batches:
         parser.error(f"--batch {arguments.batch} is not a multiple of --micro-batches {arguments.micro_batches}")

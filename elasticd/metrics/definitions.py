@@ -28,6 +28,10 @@ RECOVERY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0
 SAVE_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 
 
+#: From a small model on the same machine to a large one over a busy network.
+COPY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Definition:
     """``family`` starts a set of samples to be filled at a scrape; ``instrument`` is kept, and told what happens."""
@@ -86,6 +90,9 @@ PROCESS_START = GaugeDefinition("elasticd_process_start_time_seconds", "When the
 LOOP_DELAY = GaugeDefinition("elasticd_loop_delay_seconds", "How long the daemon's loop took to answer this scrape.")
 REGISTERED = GaugeDefinition("elasticd_registered", "1 while this node's key of this life stands in etcd.")
 LEAVING = GaugeDefinition("elasticd_leaving", "1 while this node is drained, or shuts down.")
+GPU_TROUBLE = GaugeDefinition(
+    "elasticd_gpu_trouble", "1 while a GPU of this node is sick; the node takes no job until its daemon starts anew."
+)
 STAGE = GaugeDefinition("elasticd_stage", "1 for the stage that this node is in, 0 for the others.", ("stage",))
 CLUSTER_NODES = GaugeDefinition("elasticd_cluster_nodes", "Nodes registered in etcd, as this node sees it.")
 CLUSTER_JOBS = GaugeDefinition("elasticd_cluster_jobs", "Jobs in etcd by phase, as this node sees it.", ("phase",))
@@ -202,6 +209,7 @@ CHECKPOINT_DAMAGED = CounterDefinition(
     "elasticd_checkpoint_damaged_total", "Checkpoints that this node's first rank passed over when it restored.", JOB
 )
 
+
 # A scrub is a command from a timer: it leaves its figures in a file (scrubbing.py).
 DIRECTORY = ("directory",)
 SCRUB_AT = GaugeDefinition(
@@ -211,6 +219,50 @@ SCRUB_CHECKED = GaugeDefinition("elasticd_scrub_checkpoints", "How many the last
 SCRUB_DAMAGED = GaugeDefinition("elasticd_scrub_damaged_checkpoints", "How many of them are damaged.", DIRECTORY)
 SCRUB_BYTES = GaugeDefinition("elasticd_scrub_read_bytes", "What of them was read and is whole.", DIRECTORY)
 SCRUB_SECONDS = GaugeDefinition("elasticd_scrub_duration_seconds", "How long that took.", DIRECTORY)
+
+# --- Copies in RAM --------------------------------------------------------------------------------
+
+MEMORY_COPIES = CounterDefinition(
+    "elasticd_memory_copies_total",
+    "Copies in RAM that this node's ranks took part in: committed, or void and left out.",
+    (*JOB, "result"),
+)
+MEMORY_STEP = GaugeDefinition("elasticd_memory_copy_step", "Step of the newest whole copy in RAM.", JOB)
+MEMORY_AT = GaugeDefinition(
+    "elasticd_memory_copy_timestamp_seconds", "When the newest copy in RAM became whole, in Unix time.", JOB
+)
+MEMORY_AT_BUDDY = GaugeDefinition(
+    "elasticd_memory_at_buddy", "1 while another node keeps this node's parts of the newest copy too.", JOB
+)
+MEMORY_STALL = CounterDefinition(
+    "elasticd_memory_stall_seconds_total", "For how long steps of this node's ranks waited for copies in RAM.", JOB
+)
+MEMORY_REFUSALS = CounterDefinition(
+    "elasticd_memory_refusals_total", "Copies in RAM that were refused since they did not fit on this node.", JOB
+)
+MEMORY_SENT = CounterDefinition("elasticd_memory_sent_bytes_total", "Copied to a buddy's memory.", JOB)
+MEMORY_SEND_SECONDS = HistogramDefinition(
+    "elasticd_memory_send_seconds",
+    "How long it took until a buddy had this node's parts of a copy, and had checked them.",
+    JOB,
+    COPY_BUCKETS_S,
+)
+MEMORY_HELD = GaugeDefinition(
+    "elasticd_memory_held_bytes", "Shared memory that copies take here: own ones, and other nodes'.", ("origin",)
+)
+MEMORY_LIMIT = GaugeDefinition("elasticd_memory_limit_bytes", "Shared memory that copies may take here.")
+RESTORES = CounterDefinition(
+    "elasticd_restores_total",
+    "Times that this node's ranks took their state up again: from the memory of the nodes that wrote it, from a "
+    "buddy's since one of those is gone, or from disk.",
+    (*JOB, "source"),
+)
+RESTORE_SECONDS = HistogramDefinition(
+    "elasticd_restore_seconds",
+    "How long it took to take the state up again, by rank.",
+    (*JOB, "source"),
+    COPY_BUCKETS_S,
+)
 
 # --- The node -------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """GPUs as NVML sees them, read in a thread of their own: a GPU that is lost or hangs must not stop anything.
 
-Without nvidia-ml-py, a driver or a GPU there are none, and that is no error. Not here: what a sick GPU means.
+Without nvidia-ml-py, a driver or a GPU there are none, and that is no error. Not here: what a sick GPU means
+(gpu_health.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 
 from elasticd.core.model import Gpu
 from elasticd.metrics import definitions
+from elasticd.metrics.gpu_xid import XidEvents
 
 FIRST_TIMEOUT_S = 10.0
 FRESH_TIMEOUT_S = 0.5
@@ -33,6 +35,8 @@ class GpuSample:
     power_watts: float | None = None
     ecc_corrected: int | None = None
     ecc_uncorrected: int | None = None
+    remap_failed: bool | None = None
+    xids: tuple[int, ...] = ()
 
 
 class Gpus:
@@ -75,10 +79,13 @@ class Gpus:
     def _run(self) -> None:
         nvml = _open_nvml()
         known: dict[int, Gpu] = {}
+        events = XidEvents(nvml) if nvml is not None else None
         while nvml is not None and not self._closing:
             self._wanted.wait()
             self._wanted.clear()
-            self._samples = tuple(_sample(nvml, index, known) for index in range(_count(nvml, known)))
+            assert events is not None
+            events.collect()
+            self._samples = tuple(_sample(nvml, index, known, events) for index in range(_count(nvml, known)))
             self._sampled_at = time.monotonic()
             self._fresh.set()
         self._fresh.set()  # nothing more will come: nobody need wait
@@ -104,7 +111,7 @@ def _count(nvml: Any, known: dict[int, Gpu]) -> int:
     return len(known)
 
 
-def _sample(nvml: Any, index: int, known: dict[int, Gpu]) -> GpuSample:
+def _sample(nvml: Any, index: int, known: dict[int, Gpu], events: XidEvents) -> GpuSample:
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
@@ -112,7 +119,9 @@ def _sample(nvml: Any, index: int, known: dict[int, Gpu]) -> GpuSample:
             name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
             known[index] = Gpu(index=index, name=str(name), uuid=str(uuid), memory_bytes=int(memory.total))
     except nvml.NVMLError:
-        return GpuSample(gpu=known.get(index, Gpu(index=index, name="", uuid="", memory_bytes=0)))
+        unknown = Gpu(index=index, name="", uuid="", memory_bytes=0)
+        return GpuSample(gpu=known.get(index, unknown), xids=events.seen(index))
+    events.watch(index, handle)
 
     def ask(read: Callable[[], float]) -> float | None:
         with contextlib.suppress(nvml.NVMLError):
@@ -123,6 +132,7 @@ def _sample(nvml: Any, index: int, known: dict[int, Gpu]) -> GpuSample:
         count = ask(lambda: nvml.nvmlDeviceGetTotalEccErrors(handle, kind, nvml.NVML_VOLATILE_ECC))
         return None if count is None else int(count)
 
+    remap_failed = ask(lambda: nvml.nvmlDeviceGetRemappedRows(handle)[3])
     return GpuSample(
         gpu=known[index],
         up=True,
@@ -132,6 +142,8 @@ def _sample(nvml: Any, index: int, known: dict[int, Gpu]) -> GpuSample:
         power_watts=ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
         ecc_corrected=ecc(nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED),
         ecc_uncorrected=ecc(nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED),
+        remap_failed=None if remap_failed is None else bool(remap_failed),
+        xids=events.seen(index),
     )
 
 

@@ -50,6 +50,7 @@ def node_families(machine: Machine) -> Iterator[Metric]:
     yield from (build, stage, jobs, peers)
     yield definitions.REGISTERED.of(is_registered(machine))
     yield definitions.LEAVING.of(is_leaving(machine))
+    yield definitions.GPU_TROUBLE.of(bool(machine.trouble))
     yield definitions.CLUSTER_NODES.of(len(view.nodes))
     yield definitions.QUARANTINED.of(len(view.quarantines))
     yield definitions.EVICTION_BUDGET.of(machine.settings.stragglers.allowed(len(view.nodes)))
@@ -131,5 +132,6 @@ def health(machine: Machine, *, store_up: bool) -> dict[str, Any]:
         "node": machine.node.node_id,
         "store": "up" if store_up else "away; training goes on, changes of the world wait",
         "stage": machine.stage.value,
+        "gpu_trouble": machine.trouble,
         "job_id": machine.task.spec.job_id if machine.task is not None else None,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from elasticd.core.model import Topology
 from elasticd.errors import ElasticdError
 from elasticd.testing.etcd_cluster import EtcdCluster
 from elasticd.testing.history import Event, Tail, Trained, parse_event, parse_trained, rounds_of
@@ -37,7 +39,10 @@ class NotInTime(ElasticdError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """``isolated``: True insists on namespaces, False on loopback, None takes what the machine allows."""
+    """``isolated``: True insists on namespaces, False on loopback, None takes what the machine allows.
+
+    ``env``: of the daemons; ``{node}`` in a value stands for the node's name.
+    """
 
     nodes: int = 3
     etcd_members: int = 1
@@ -45,6 +50,8 @@ class ClusterSpec:
     heartbeat_s: float = 0.1
     dead_after_s: float = 0.5
     lease_ttl_s: int = 5
+    memory_bytes: int = 4 * 1024**3
+    topology: tuple[Topology, ...] = ()
     #: More of each node's configuration, as TOML.
     more: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
@@ -91,6 +98,8 @@ class Cluster:
         # A unix socket's path may be 107 bytes long: pytest's folders are too deep for it.
         self.folder = folder or Path(tempfile.mkdtemp(prefix="elasticd-"))
         self.sockets = Path(tempfile.mkdtemp(prefix="ed-"))
+        #: On tmpfs: what killed nodes leave there goes with the cluster.
+        self.memory = Path(tempfile.mkdtemp(prefix="ed-", dir="/dev/shm"))
         self.nodes: list[ClusterNode] = []
         self._close = contextlib.ExitStack()
         self._tail = Tail()
@@ -101,6 +110,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         try:
+            self._close.callback(shutil.rmtree, self.memory, ignore_errors=True)
             self.hosts = self._close.enter_context(open_hosts(isolated=self.spec.isolated))
             self._close.callback(_remove_sockets, self.sockets)
             self.etcd = self._close.enter_context(self._make_etcd())
@@ -127,9 +137,7 @@ class Cluster:
 
     def _kill_daemons(self) -> None:
         for node in self.nodes:
-            node.host.kill()
-            if node.process is not None:
-                node.process.wait()
+            _kill(node)
 
     # --- nodes ---
 
@@ -150,23 +158,24 @@ class Cluster:
 
     def kill_node(self, index: int) -> None:
         """SIGKILL to all that runs there, in the same instant."""
-        node = self.nodes[index]
-        node.host.kill()
-        if node.process is not None:
-            node.process.wait()
+        _kill(self.nodes[index])
 
     def index_of(self, name: str) -> int:
         return next(index for index, node in enumerate(self.nodes) if node.name == name)
 
     def _configuration(self, node: ClusterNode) -> str:
         spec = self.spec
+        index = int(node.name.removeprefix("node"))
+        place = spec.topology[index] if index < len(spec.topology) else Topology()
         endpoints = ", ".join(f'"{endpoint}"' for endpoint in self.etcd.endpoints)
         return (
             f'[node]\nid = "{node.name}"\naddress = "{node.host.address}"\nrun_dir = "{self.sockets}"\n'
             f'log_dir = "{node.folder}/log"\nhistory_file = "{node.history_file}"\n'
+            f'zone = "{place.zone}"\nrack = "{place.rack}"\nswitch = "{place.switch}"\n'
             f"[etcd]\nendpoints = [{endpoints}]\n"
             "[links]\ninsecure = true\n"
             f"[metrics]\nport = {METRICS_PORT}\n"
+            f'[memory]\nfolder = "{self.memory}"\nlimit_bytes = {spec.memory_bytes}\n'
             f"[detection]\nheartbeat_s = {spec.heartbeat_s}\ndead_after_s = {spec.dead_after_s}\n"
             f"lease_ttl_s = {spec.lease_ttl_s}\n{spec.more}"
         )
@@ -181,7 +190,7 @@ class Cluster:
             "GLOO_SOCKET_IFNAME": node.host.interface,
             "NCCL_SOCKET_IFNAME": node.host.interface,
             STEPS_VARIABLE: str(steps),
-            **self.spec.env,
+            **{name: value.replace("{node}", node.name) for name, value in self.spec.env.items()},
         }
 
     # --- jobs ---
@@ -260,6 +269,15 @@ class Cluster:
         """The ends of the daemons' logs: for a test that has failed."""
         logs = [(node.log, node.log.read_text(errors="replace")) for node in self.nodes if node.log.exists()]
         return "\n".join(f"--- {log}\n" + "\n".join(text.splitlines()[-lines:]) for log, text in logs)
+
+
+def _kill(node: ClusterNode) -> None:
+    """All of the host at once; a daemon that was only just started may not have entered it yet."""
+    node.host.kill()
+    if node.process is not None:
+        node.process.kill()
+        node.process.wait()
+        node.host.kill()
 
 
 def _toml(value: object) -> str:

@@ -41,13 +41,16 @@ class Control:
         self._work: dist.Work | None = None
         self._begun = 0
         self.told: list[int] = []
+        #: What the stop that was agreed on asks of the state (core.memory.Need): the most that any rank wanted.
+        self.stop_need = 0
         self._next_exchange = 0
         self._last_exchange: tuple[int, float] | None = None  # (step, when it began)
 
-    def start(self, step: int, *, stop_wanted: bool, due: bool, own: Callable[[], int] = lambda: 0) -> None:
-        """``due``: an exchange must be had, whatever the time. The same on all ranks, as ``step`` is.
+    def start(self, step: int, *, stop_wanted: int, due: bool, own: Callable[[], int] = lambda: 0) -> None:
+        """``stop_wanted``: 0 for no stop, or what one asks for. ``due``: an exchange must be had, whatever the time.
 
-        ``own`` is called when there is one: what this rank tells the others, not negative.
+        The same on all ranks, as ``step`` is. ``own`` is called when there is one: what this rank tells the others, not
+        negative.
         """
         self._begun += 1
         self._work = None
@@ -70,21 +73,22 @@ class Control:
         """
         self.told = []
         if self.group is None:
-            return bool(self._said[0]), 0.0
+            self.stop_need = int(self._said[0])
+            return bool(self.stop_need), 0.0
         if self._work is None:
             return False, 0.0
         started = time.monotonic()
         self._work.wait()
         blocked_s = time.monotonic() - started
         self._work = None
-        stop_wanted, step_us, last, first, most, least, *self.told = self._said.tolist()
+        self.stop_need, step_us, last, first, most, least, *self.told = self._said.tolist()
         if (last, most) != (-first, -least):
             raise StepsDiverged(
                 f"ranks are in steps {-first} to {last}, and have begun {-least} to {most}: a block that raised was "
                 "tried again on some of them only"
             )
         self._next_exchange = step + max(1, min(MAX_STEPS_APART, int(1e6 * EXCHANGE_EVERY_S) // max(1, step_us)))
-        return bool(stop_wanted), blocked_s
+        return bool(self.stop_need), blocked_s
 
     def _step_us(self, step: int) -> int:
         """How long this rank's steps took since the last exchange; before the first one nothing is known."""

@@ -14,7 +14,10 @@ the network instead of four, and after the backward pass instead of beside it.
 What it does not make the same on any world: anything but the gradients. Kernels must be deterministic
 (``torch.use_deterministic_algorithms``) and of one kind (the same GPU, the same number of CPU threads); buffers that
 depend on the batches a rank has seen (BatchNorm's running means) are each rank's own; fp16 loss scaling reacts to
-infinities, which raise here. Sharded models are refused: FSDP2 adds up in its own way.
+infinities, which raise here. Sharded models are refused: FSDP2 adds up in its own way. So are pipelines.
+
+Tensor parallel: the bits are the same on any number of replicas, but those of one split into two parts are not those of
+one in three. The model is split and not wrapped; its first values must be the same on all replicas.
 """
 
 from __future__ import annotations
@@ -47,11 +50,13 @@ class ExactGradients:
     def __init__(self, registered: Registered, *, micro_batches: int, arranged: Arrangement) -> None:
         model = trained(registered)
         self._named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
-        split = arranged.layout.replica_size > 1 or any(isinstance(each, DTensor) for _, each in self._named)
-        if split or isinstance(model, FSDPModule):
+        meshes = {each.device_mesh.size() for _, each in self._named if isinstance(each, DTensor)}
+        if meshes - {arranged.layout.tensor} or isinstance(model, FSDPModule) or arranged.layout.pipeline > 1:
             raise ConfigError(
-                "exact mode needs the whole model on each rank: use DistributedDataParallel, or no wrapper"
+                "exact mode needs the whole model on each rank, or on each tensor-parallel replica of the layout: use "
+                "DistributedDataParallel, or no wrapper"
             )
+        self._across = arranged.make_group_across()
         self._replicas = replicas(registered)
         self._micro_batches, self._world_size = micro_batches, arranged.world_size
         self.scale = 1.0
@@ -70,7 +75,7 @@ class ExactGradients:
         if counts:
             for kept, (_, parameter) in zip(self._kept, self._named, strict=True):
                 if parameter.grad is not None:
-                    kept.append(parameter.grad)
+                    kept.append(_part_of(parameter.grad, parameter))
         self._drop()
 
     def finish(self) -> None:
@@ -81,12 +86,12 @@ class ExactGradients:
         for bucket in self._buckets(present):
             summed = torch.cat([self._summed(index, exponents[index]) for index in bucket])
             if self._world_size > 1:
-                dist.all_reduce(summed)
-            sizes = [self._named[index][1].numel() for index in bucket]
+                dist.all_reduce(summed, group=self._across)
+            sizes = [_own(self._named[index][1]).numel() for index in bucket]
             for index, part in zip(bucket, torch.split(summed, sizes), strict=True):
                 parameter = self._named[index][1]
                 mean = from_fixed(part, exponents[index]) / self._micro_batches
-                parameter.grad = mean.to(parameter.dtype).view_as(parameter)
+                parameter.grad = _like(mean.to(parameter.dtype), parameter)
         self._kept = []
 
     def _drop(self) -> None:
@@ -114,7 +119,7 @@ class ExactGradients:
 
     def _summed(self, index: int, exponent: int) -> torch.Tensor:
         parameter = self._named[index][1]
-        total = torch.zeros(parameter.numel(), dtype=torch.int64, device=parameter.device)
+        total = torch.zeros(_own(parameter).numel(), dtype=torch.int64, device=parameter.device)
         for gradient in self._kept[index]:
             total += to_fixed(gradient.reshape(-1), exponent)
         self._kept[index] = []
@@ -125,7 +130,7 @@ class ExactGradients:
         elements = 0
         for index in indices:
             bucket.append(index)
-            elements += self._named[index][1].numel()
+            elements += _own(self._named[index][1]).numel()
             if elements >= BUCKET_ELEMENTS:
                 yield bucket
                 bucket, elements = [], 0
@@ -147,6 +152,30 @@ def to_fixed(values: torch.Tensor, exponent: int) -> torch.Tensor:
 
 def from_fixed(values: torch.Tensor, exponent: int) -> torch.Tensor:
     return values.double() * 2.0**-exponent
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _part_of(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a gradient, split as its parameter is."""
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        gradient = gradient.redistribute(placements=parameter.placements)
+    return _own(gradient)
+
+
+def _like(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``_part_of``; ``part`` is flat."""
+    shaped = part.view_as(_own(parameter))
+    if not isinstance(parameter, DTensor):
+        return shaped
+    mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
+    whole: torch.Tensor = DTensor.from_local(
+        shaped, mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )
+    return whole
 
 
 def _magnitude(gradient: torch.Tensor) -> torch.Tensor:

@@ -112,6 +112,15 @@ class Arrangement:
         """A replica is as fast as its slowest rank; 0, for no measure, where one of its ranks has none."""
         return [0 if 0 in each else max(each) for each in self.by_replica(measures)]
 
+    def make_group_across(self) -> dist.ProcessGroup | None:
+        """Collective: the ranks with the same part of the model, one of each replica; None where that is everybody."""
+        size = self.layout.replica_size
+        if size == 1:
+            return None
+        groups = [dist.new_group(list(range(part, self.world_size, size))) for part in range(size)]
+        group: dist.ProcessGroup = groups[self.rank % size]
+        return group
+
     def make_mesh(self, device: torch.device) -> DeviceMesh:
         """Collective: it makes process groups."""
         return init_device_mesh(device.type, tuple(self.shape.values()), mesh_dim_names=tuple(self.shape))

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from elasticd.channel import Channel, Message
+from elasticd.core.memory import Need
 from elasticd.errors import ChannelClosed, ProtocolError
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class DaemonLink:
         #: Whether a step is under way. Set by the training thread, without a lock: it costs the step nothing.
         self.in_step = False
         self._round_number = int(hello["round"])
-        self._boundary_wanted = False
+        self._stop_need = Need.NOTHING
         self._refusal = ""
         self._fences: queue.SimpleQueue[tuple[int, FenceAnswer]] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -100,13 +101,15 @@ class DaemonLink:
         self._reports = Folded()
         self._closing = False
         self._next_report_at = 0.0
+        self._asked: dict[int, queue.SimpleQueue[Message | None]] = {}
+        self._last_id = 0
         for target, channel in ((self._read, reader), (self._write, Channel(self._socket))):
             threading.Thread(target=target, args=(channel,), name="elasticd-link", daemon=True).start()
 
     @property
-    def boundary_wanted(self) -> bool:
-        """The daemon has asked for a stop at the next common step boundary of this round."""
-        return self._boundary_wanted
+    def stop_need(self) -> Need:
+        """What the daemon asks of the state at a stop at the next common step boundary; NOTHING: for no stop."""
+        return self._stop_need
 
     @property
     def refusal(self) -> str:
@@ -126,6 +129,28 @@ class DaemonLink:
             if not self._closed.is_set():
                 self._outbox.append({**message, "round": self._round_number})
                 self._ready.notify()
+
+    def request(self, message: Message, timeout_s: float) -> Message:
+        """Ask, and wait for the answer, in any thread. ChannelClosed when none came."""
+        answers: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        with self._ready:
+            if self._closed.is_set():
+                raise ChannelClosed("the daemon is gone")
+            self._last_id += 1
+            number = self._last_id
+            self._asked[number] = answers
+            self._outbox.append({**message, "id": number, "round": self._round_number})
+            self._ready.notify()
+        try:
+            answer = answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise ChannelClosed(f"the daemon has not answered for {timeout_s:g} s") from None
+        finally:
+            with self._ready:
+                self._asked.pop(number, None)
+        if answer is None:
+            raise ChannelClosed("the daemon is gone")
+        return answer
 
     @property
     def closed(self) -> bool:
@@ -170,9 +195,14 @@ class DaemonLink:
 
     def _receive(self, message: Message) -> None:
         if message["type"] == "boundary_wanted" and message.get("round") == self._round_number:
-            self._boundary_wanted = True
+            self._stop_need = Need(message.get("need", Need.DISK))
         elif message["type"] == "commit_result" and not message.get("committed", True):
             self._refusal = str(message.get("reason") or "a newer round stands")
+        elif message["type"] == "memory_answer":
+            with self._ready:
+                asked = self._asked.get(message["id"])
+            if asked is not None:
+                asked.put(message)
         elif message["type"] == "fence_result":
             stands = message.get("stands")
             answer = FenceAnswer(stands=None if stands is None else bool(stands), reason=str(message.get("reason", "")))
@@ -224,4 +254,6 @@ class DaemonLink:
         with self._ready:
             self._reports = Folded()
             self._outbox.clear()
+            for answers in self._asked.values():
+                answers.put(None)
             self._ready.notify()

@@ -77,8 +77,8 @@ class Pipeline:
     ) -> list[torch.Tensor]:
         """Collective over the replica: forward and backward passes of ``count`` micro-batches; gradients add up.
 
-        ``batches`` are empty where ``needs_data`` is False. Each loss is multiplied by ``scale`` for the backward pass.
-        ``on_forward`` is told the place of each micro-batch before its forward pass. The losses, not multiplied; empty
+        ``batches`` may be empty where ``needs_data`` is False. Each loss is multiplied by ``scale`` for the backward
+        pass. ``on_forward`` is told the place of each micro-batch before its forward pass. The losses, not multiplied; empty
         but on the last stage.
         """
         self._scale, self._on_forward = scale, on_forward

@@ -130,7 +130,8 @@ class PlannedSteps:
         loader.begin(step, todo)
         gradients.clear(unequal=self._unequal)
         self._clock.begin()
-        keys = [(step, micro_batch) for micro_batch in todo] if pipeline.needs_data else []
+        reads = pipeline.needs_data or self._stream is not None  # a stream goes on for whoever reads it
+        keys = [(step, micro_batch) for micro_batch in todo] if reads else []
         batches = [to_device(loader.take(key), self._device) for key in keys]
         losses = pipeline.run(
             batches,

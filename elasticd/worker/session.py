@@ -5,7 +5,7 @@
     optimizer = torch.optim.AdamW(model.parameters())
     session.register(model=model, optimizer=optimizer)
     session.restore()
-    for step in session.steps(until=10_000):
+    for step in session.progress(session.steps(until=10_000)):
         with step:
             for inputs, targets in step.micro_batches(dataset, size=4):
                 step.backward(loss_of(model(inputs), targets))  # the mean over the micro-batch
@@ -38,7 +38,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -47,11 +47,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
 from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
-from elasticd.checkpoint.manifest import Manifest
+from elasticd.checkpoint.manifest import Manifest, complete_name
+from elasticd.checkpoint.memory import MemoryTier
+from elasticd.checkpoint.memory_save import Copied, MemoryCounts, Ranks
 from elasticd.checkpoint.restore import PassedOver, Restored, restore_newest
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
-from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed
+from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed, StateLost
 from elasticd.torch_defects import keep_destroyed_groups
 from elasticd.worker.clock import reached_last
 from elasticd.worker.control import Control
@@ -59,7 +61,9 @@ from elasticd.worker.data import Cursor
 from elasticd.worker.fence import RoundFence
 from elasticd.worker.layout import Layout, arrange
 from elasticd.worker.link import DaemonLink, StepReport
+from elasticd.worker.memory_host import MemoryHost
 from elasticd.worker.planned import PlannedSteps
+from elasticd.worker.progress import Progress, choose_display
 from elasticd.worker.shares import Balance, as_told, make_work
 from elasticd.worker.speeds import BusySteps, SpeedReports
 from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, derive_seed, seed_random
@@ -85,6 +89,11 @@ class Session:
     silent (one that died fails it at once). It must be longer than the slowest rank takes to write its part: a save
     that times out ends the process. Saving keeps a copy of this rank's state in host memory.
 
+    ``memory_every_steps``: of completed steps fewer than so many are lost when workers or a node die: the state is
+    copied into memory that the daemon owns, and to a node in another failure domain, behind the steps (the copies are
+    begun half as far apart; with 1 each step waits for its own). 0: none. It needs elasticd's daemon, and a restart
+    takes up whichever is newer, the copy in RAM or the checkpoint on disk.
+
     ``micro_batches``: how many a step has, on all ranks together and for the whole job, for ``step.micro_batches``.
     ``max_micro_batches``: no more than so many in a step for this rank. ``balance``: "on" gives faster ranks more of
     them, "off" divides them equally, "auto" is on where each rank holds the whole model, numbers divide them in that
@@ -102,6 +111,7 @@ class Session:
         *,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         save_every_steps: int = 0,
+        memory_every_steps: int = 0,
         keep: int | Keep = 3,
         seed: int | None = None,
         device: str | None = None,
@@ -113,8 +123,8 @@ class Session:
         layout: Layout | None = None,
     ) -> None:
         _show_operator_errors_as_one_line()
-        if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
-            raise ConfigError("save_every_steps must not be negative, and keep must be at least 1")
+        if min(save_every_steps, memory_every_steps) < 0 or (isinstance(keep, int) and keep < 1):
+            raise ConfigError("save_every_steps and memory_every_steps must not be negative, and keep at least 1")
         work = make_work(micro_batches, at_most=max_micro_batches, balance=balance, exact=exact)
         self._place = Place.from_environment()
         self.device = choose_device(self._place, device)
@@ -129,6 +139,7 @@ class Session:
         self._save_every_steps, self._seed = save_every_steps, seed or 0
         self._link = _connect(self._place)
         self._saver = self._make_saver(Keep(last=keep) if isinstance(keep, int) else keep, save_timeout_s)
+        self._memory = self._make_memory(memory_every_steps, save_timeout_s)
         self.planned: PlannedSteps | None = None
         if work is not None:
             self.planned = PlannedSteps(
@@ -145,6 +156,7 @@ class Session:
         self._restored = self._in_step = False
         self._completed = 0
         self._until: int | None = None
+        self._progress: Progress | None = None
         self._saved_step = -1
         self.cursor = Cursor()
         self.dataset_size = 0
@@ -202,6 +214,11 @@ class Session:
         """What saving has done and cost so far on this rank; None without a directory."""
         return None if self._saver is None else self._saver.counts
 
+    @property
+    def memory_counts(self) -> MemoryCounts | None:
+        """What copies in RAM have done and cost so far on this rank; None without them."""
+        return None if self._memory is None else self._memory.counts
+
     def register(
         self,
         *,
@@ -240,6 +257,47 @@ class Session:
         """
         registered = self._known()
         self._restored = True
+        if self._memory is None:
+            return self._restore_from_disk(registered, start_from)
+        steps = storage.complete_steps(self._directory) if self._directory is not None else []
+        if self._restore_from_memory(self._memory, registered, at_least=steps[0] if steps else 0):
+            return self._completed
+        lost: StateLost | None = None
+        try:
+            self._restore_from_disk(registered, start_from)
+        except StateLost as error:  # on every rank
+            lost = error
+        # What is newest on disk may have been damaged: then a copy in RAM may be the newest after all.
+        if not self._restore_from_memory(self._memory, registered, at_least=self._completed + 1):
+            self._memory.settle()
+            if lost is not None:
+                raise lost
+        return self._completed
+
+    def _restore_from_memory(self, memory: MemoryTier, registered: Registered, *, at_least: int) -> bool:
+        """Whether training goes on from a copy of so many steps or more."""
+
+        def make_state(world_size: int) -> dict[str, Any]:
+            known = self._random_of < world_size
+            return registered.capture() | self._own_state(random_of=self._random_of if known else None)
+
+        had_state = registered.has_optimizer_state
+        restored = memory.restore(make_state, at_least=at_least)
+        if restored is None:
+            if not had_state:
+                registered.drop_optimizer_state()
+            return False
+        registered.apply(restored.state)
+        self._take_own_state(restored.state, restored.step)
+        if self._directory is None or not (self._directory / complete_name(restored.step)).exists():
+            self._saved_step = -1
+        self._tell_restored(restored.source, restored.seconds, restored.size_bytes)
+        if self.rank == 0:
+            log.warning("elasticd: step %d is taken up from RAM (%s)", restored.step, restored.source)
+        return True
+
+    def _restore_from_disk(self, registered: Registered, start_from: str | os.PathLike[str] | None) -> int:
+        started = time.monotonic()
         found = self._restore_newest(registered)
         if found is None:
             if start_from is not None:
@@ -247,6 +305,7 @@ class Session:
             return self._completed
         registered.apply(found.state)
         self._take_own_state(found.state, found.manifest.step)
+        self._tell_restored("disk", time.monotonic() - started, found.manifest.size_bytes)
         return self._completed
 
     def steps(self, until: int | None = None) -> Iterator[Step]:
@@ -269,12 +328,31 @@ class Session:
             if not step.completed:
                 continue
             if step.stop_agreed and self._completed != until:
-                self._save_or_warn()
+                self._save_before_stop()
                 self._park()
             elif self._completed == until:
                 self._save_or_warn()
             elif self._saves_at(self._completed):
                 self.begin_save()
+
+    def progress(self, steps: Iterator[Step], *, every_s: float = 10.0, file: TextIO | None = None) -> Iterator[Step]:
+        """The same steps, while rank 0 shows how far they are.
+
+            for step in session.progress(session.steps(until=10_000)):
+
+        Step, loss (where the script reports it), samples a second of all ranks, time left, world size, and shares when
+        they are unequal: as a bar in a terminal, as a line every ``every_s`` seconds otherwise. ``file``: where, by
+        default standard error. That it cannot be written to is no error.
+        """
+        if self.rank != 0:
+            return steps
+        self._progress = Progress(choose_display(file, every_s), self._standing)
+        return self._progress.follow(steps)
+
+    def _standing(self) -> dict[str, Any]:
+        shares = self.planned.shares if self.planned is not None else ()
+        unequal = shares if len(set(shares)) > 1 else ()
+        return {"until": self._until, "world_size": self.world_size, "shares": unequal}
 
     def save(self) -> Saved | None:
         """Collective, between two steps. Save now, and return once it is durable; None without a directory, or when
@@ -304,15 +382,20 @@ class Session:
         self._close(None)
 
     def _close(self, wait_s: float | None) -> None:
+        if self._progress is not None:  # before a traceback is printed, if there is one
+            self._progress.close()
         if self.planned is not None:
             self.planned.close()
         try:
+            if self._memory is not None:
+                self._memory.close(wait_s)
             if self._saver is not None:
                 self._saver.wait(wait_s)
         finally:
             if self._link is not None:
                 self._link.close()
             still_saving = self._saver is not None and self._saver.in_flight  # over a group: do not take it away
+            still_saving |= self._memory is not None and not self._memory.close(0.0)
             if self._made_world and dist.is_initialized() and not still_saving:
                 keep_destroyed_groups()
                 dist.destroy_process_group()
@@ -336,7 +419,9 @@ class Session:
             self._saver.check()
         self._set_in_step(True)
         self._waiting.take()
-        wanted = self._link is not None and self._link.boundary_wanted
+        if self._memory is not None:
+            self._memory.check()
+        wanted = self._link.stop_need if self._link is not None else 0
         due = self._saves_at(self._completed + 1)
         own = self.planned.measure if self.planned is not None else lambda: as_told(self._busy.take())
         self._control.start(self._completed, stop_wanted=wanted, due=due, own=own)
@@ -352,6 +437,8 @@ class Session:
         self.cursor, self.dataset_size = step.next_cursor, step.dataset_size
         if self.planned is not None:
             self.planned.decide(self._completed, self._control.told)
+        if self._memory is not None:
+            self._memory.step_completed(self._completed, self._state)
         waited_s = self._waiting.take() + blocked_s
         self._busy.add(seconds - waited_s)
         if self._control.told and self._place.local_rank == 0:
@@ -466,6 +553,49 @@ class Session:
         )
         return BackgroundSaver(saver, self._save_ended)
 
+    def _make_memory(self, every_steps: int, timeout_s: float) -> MemoryTier | None:
+        """Collective where copies in RAM are asked for."""
+        if not every_steps:
+            return None
+        place = self._place
+        ranks = Ranks(
+            rank=self.rank,
+            world_size=self.world_size,
+            leads_node=place.local_rank == 0,
+            job_id=place.job_id,
+            round_number=place.round_number,
+            group=make_side_group(timeout_s),
+        )
+        host = MemoryHost(self._link, place.node_id, timeout_s=timeout_s) if self._link is not None else None
+        return MemoryTier(host, ranks, every_steps=every_steps, told=self._tell_copied)
+
+    def _tell_copied(self, copied: Copied) -> None:
+        """In the thread that copies."""
+        if self._link is not None:
+            self._link.post(
+                {
+                    "type": "memory_copied",
+                    "step": copied.step,
+                    "result": "committed" if copied.committed else "void",
+                    "at_buddies": copied.at_buddies,
+                    "size_bytes": copied.size_bytes,
+                    "seconds": copied.seconds,
+                    "stall_seconds": copied.stall_s,
+                }
+            )
+
+    def _tell_restored(self, source: str, seconds: float, size_bytes: int) -> None:
+        if self._link is not None:
+            self._link.post(
+                {
+                    "type": "restored",
+                    "source": source,
+                    "step": self._completed,
+                    "seconds": seconds,
+                    "size_bytes": size_bytes,
+                }
+            )
+
     def _ready_to_save(self) -> BackgroundSaver | None:
         if self._in_step:
             raise RuntimeError("save between two steps: a half-done step cannot be taken up again")
@@ -511,6 +641,11 @@ class Session:
     def _save_or_warn(self) -> None:
         with contextlib.suppress(SaveFailed):  # it has been logged
             self.save()
+
+    def _save_before_stop(self) -> None:
+        """In RAM first, which is quick; on disk too where the memory that holds it may be gone after the stop."""
+        if self._memory is None or not self._memory.save(self._state, self._completed, self._control.stop_need):
+            self._save_or_warn()
 
     def _park(self) -> None:
         """Say that this rank stands at the boundary, and wait to be stopped."""

@@ -42,11 +42,12 @@ class SpeedReports:
     def __init__(self) -> None:
         self._sums: list[int] = []
         self._counts: list[int] = []
-        self._next_at = time.monotonic() + REPORT_EVERY_S
+        self._next_at = 0.0
 
     def add(self, told: Sequence[int]) -> None:
         if not self._sums:
             self._sums, self._counts = [0] * len(told), [0] * len(told)
+            self._next_at = time.monotonic() + REPORT_EVERY_S
         for rank, nanoseconds in enumerate(told):
             if nanoseconds > 0:
                 self._sums[rank] += nanoseconds
@@ -57,7 +58,6 @@ class SpeedReports:
         now = time.monotonic()
         if not self._sums or now < self._next_at:
             return None
-        self._next_at = now + REPORT_EVERY_S
         pairs = zip(self._sums, self._counts, strict=True)
         message = {"type": "speeds", "seconds": [total * 1e-9 / count if count else 0.0 for total, count in pairs]}
         self._sums, self._counts = [], []

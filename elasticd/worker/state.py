@@ -76,6 +76,15 @@ class Registered:
             unite=self.unite,
         )
 
+    @property
+    def has_optimizer_state(self) -> bool:
+        return self.optimizer is not None and bool(self.optimizer.state)
+
+    def drop_optimizer_state(self) -> None:
+        """``capture`` makes an optimizer's state by a step of rate 0, which counts as one: as if it had not been."""
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+
     def apply(self, state: dict[str, Any]) -> None:
         if self.model is not None:
             set_model_state_dict(self.model, state["model"])

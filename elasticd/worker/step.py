@@ -55,6 +55,8 @@ class Step:
         self.started_at = 0.0
         self.metrics: dict[str, float] = {}
         self.samples = 0
+        #: Samples of all ranks together; 0 where the script divides its batches without batch_indices.
+        self.batch_size = 0
         #: The size of the data set that batch_indices was told; 0 when it was not called.
         self.dataset_size = host.dataset_size
         self._host = host
@@ -149,8 +151,9 @@ class Step:
             raise RuntimeError("loop over step.micro_batches() once in each step, inside 'with step:'")
         if source.size < 1 or source.workers < 0 or source.prefetch < 1:
             raise ValueError("a micro-batch has at least 1 sample, workers are not negative, and prefetch at least 1")
+        self.batch_size = planned.micro_batches * source.size
         if source.length is not None:
-            self._advance(source.length, planned.micro_batches * source.size)
+            self._advance(source.length, self.batch_size)
         self._work = StepWork(planned)
         return planned, self._work
 

@@ -1,0 +1,427 @@
+"""Copies in RAM on real shared memory: what daemons keep, and what ranks get back, whatever happened meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import eventually
+from memory_nodes import JOB, MemoryNode, MemoryNodes
+from torch.nn.parallel import DistributedDataParallel
+from worker_runs import run_world, world
+
+import elasticd
+from elasticd.checkpoint import storage
+from elasticd.cluster.memory_link import DataConnection
+from elasticd.cluster.peers import LinkSettings
+from elasticd.config import LinksConfig
+from elasticd.core.memory import Generation, Need
+from elasticd.core.messages import BoundaryReached
+from elasticd.core.model import NodeId
+from elasticd.daemon.memory import MemoryStore
+from elasticd.daemon.memory_files import MemorySettings
+from elasticd.daemon.memory_folder import sweep
+from elasticd.errors import MemoryRefused
+
+SEED = int(os.environ.get("ELASTICD_TEST_SEED", "0")) or 20261125
+MIB = 1024**2
+#: Parts of this size and up are copied in several blocks.
+BALLAST = 5_000_000
+
+
+# --- the files of one daemon ---
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="edm-", dir="/dev/shm"))
+    yield folder
+    left = list(folder.iterdir())
+    shutil.rmtree(folder)
+    assert left == []
+
+
+@pytest.fixture
+def store(memory: Path) -> Iterator[MemoryStore]:
+    store = MemoryStore(MemorySettings(folder=str(memory), limit_bytes=8 * MIB), NodeId("n0"))
+    store.enter(JOB, os.geteuid())
+    yield store
+    store.close()
+
+
+def generation(step: int, round_number: int = 1) -> Generation:
+    return Generation(step=step, round_number=round_number)
+
+
+def test_a_first_copy_is_refused_where_two_of_them_do_not_fit(store: MemoryStore) -> None:
+    with pytest.raises(MemoryRefused) as refusal:
+        store.begin(JOB, 0, generation(1), 5 * MIB, "w0")
+    for told in ("node n0", "5.0 MiB", "two generations", "8.0 MiB", "memory.limit_bytes"):
+        assert told in str(refusal.value)
+    assert store.held().own_bytes == 0
+    store.begin(JOB, 0, generation(1), 4 * MIB, "w0")  # half of it does
+
+
+def test_tmpfs_that_is_full_refuses_before_a_worker_is_killed_for_it(memory: Path) -> None:
+    size = 10 * shutil.disk_usage(memory).total
+    store = MemoryStore(MemorySettings(folder=str(memory), limit_bytes=4 * size), NodeId("n0"))
+    store.enter(JOB, os.geteuid())
+    with pytest.raises(MemoryRefused, match=r"cannot be had in /dev/shm/edm-\S+ on node n0, which has .* free"):
+        store.begin(JOB, 0, generation(1), size, "w0")
+    assert store.held().own_bytes == 0
+    store.close()
+
+
+def test_memory_of_a_superseded_copy_is_used_again_and_not_more_than_two_are_held(store: MemoryStore) -> None:
+    inodes = set()
+    for step in range(1, 8):
+        file = store.begin(JOB, 0, generation(step), 3 * MIB, "w0")
+        inodes.add(file.path.stat().st_ino)
+        store.commit(JOB, generation(step))
+    assert len(inodes) == 2
+    assert store.held().own_bytes == 6 * MIB
+
+
+def test_what_a_lost_worker_did_not_finish_goes_with_it(store: MemoryStore) -> None:
+    store.begin(JOB, 0, generation(1), MIB, "w0")
+    store.begin(JOB, 1, generation(1), MIB, "w1")
+    store.forget_writer("w0")
+    assert store.held().own_bytes == MIB
+    store.forget_writer("w1")
+    assert store.held().own_bytes == 0
+
+
+def test_a_job_that_is_over_leaves_nothing(store: MemoryStore, memory: Path) -> None:
+    store.begin(JOB, 0, generation(1), MIB, "w0")
+    store.drop_job(JOB)
+    assert store.held().own_bytes == 0
+    assert [path.name for path in memory.rglob("*") if path.is_file()] == ["lock"]
+    with pytest.raises(MemoryRefused, match="does not take part"):
+        store.begin(JOB, 0, generation(2), MIB, "w0")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can hand files to another user")
+def test_files_are_the_job_users_and_the_folder_is_the_daemons(memory: Path) -> None:
+    """The user can fill a file and cannot put another one in its place; a copy is handed over once it is whole."""
+    nobody = 65534
+    store = MemoryStore(MemorySettings(folder=str(memory), limit_bytes=8 * MIB), NodeId("n0"))
+    store.enter(JOB, nobody)
+    file = store.begin(JOB, 0, generation(1), MIB, "w0")
+    copy = store.receive_part(JOB, NodeId("n1"), 1, MIB, "copy", fetched=False)
+    assert (file.path.stat().st_uid, file.path.stat().st_mode & 0o777) == (nobody, 0o600)
+    assert copy.path.stat().st_uid == 0
+    for folder in (file.path.parent, file.path.parent.parent):
+        assert (folder.stat().st_uid, folder.stat().st_mode & 0o777) == (0, 0o711)
+    store.discard(JOB, [copy])
+    store.close()
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from elasticd.core.memory import Generation
+from elasticd.daemon.memory import MemoryStore
+from elasticd.daemon.memory_files import MemorySettings
+store = MemoryStore(MemorySettings(folder=sys.argv[1], limit_bytes=2**24), "n0")
+store.enter("j", os.geteuid())
+store.begin("j", 0, Generation(step=1, round_number=1), 2**20, "w0")
+if sys.argv[2] == "alone":
+    os.kill(store._folder._janitor.pid, 9)
+print("holds", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("janitor", ["beside", "alone"])
+def test_a_daemon_that_is_killed_leaves_nothing(memory: Path, janitor: str) -> None:
+    """A shell beside it sees to it; when that was killed too, the next daemon does."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(memory), janitor], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "holds\n"
+    assert sweep(memory) == []  # it lives
+    process.kill()
+    process.wait()
+    if janitor == "alone":
+        (left,) = memory.iterdir()
+        assert sweep(memory) == [left]
+    eventually(lambda: list(memory.iterdir()) == [], 5)
+
+
+# --- ranks and their daemons ---
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16, bias=False)
+        self.register_buffer("ballast", torch.zeros(BALLAST))
+
+
+def join_node(nodes: int) -> None:
+    """Each rank is on the node of its number, the last node takes the rest."""
+    name = f"n{min(int(os.environ['RANK']), nodes - 1)}"
+    os.environ["ELASTICD_NODE_ID"] = name
+    os.environ["ELASTICD_SOCKET"] = f"{os.environ['MEMORY_NODES']}/{name}.sock"
+    os.environ["LOCAL_RANK"] = str(max(0, int(os.environ["RANK"]) - nodes + 1))
+
+
+def train(nodes: int, until: int, every: int = 1, kind: str = "ddp", wait: float = 0.0, directory: str = "") -> None:
+    """Steps whose weights depend on their number alone. Prints where it began and what it has in the end."""
+    join_node(nodes)
+    with elasticd.Session(memory_every_steps=every, seed=1, checkpoint_dir=directory or None) as session:
+        torch.manual_seed(0)
+        model: torch.nn.Module = Net()
+        if kind == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(model.linear)
+        else:
+            model = DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        session.register(model=model, optimizer=optimizer)
+        began = session.restore()
+        for step in session.steps(until=until):
+            with step:
+                optimizer.zero_grad()
+                inner = model.module if kind == "ddp" else model
+                (model.linear if kind == "fsdp" else _Through(model))(torch.ones(4, 16)).square().mean().backward()
+                optimizer.step()
+                inner.ballast.fill_(step.index + 1)
+                time.sleep(wait)
+            print(json.dumps({"done": session.step}), flush=True)
+        inner = model.module if kind == "ddp" else model
+        assert inner.ballast.min() == inner.ballast.max() == session.step, "ballast of another step"
+        weight = inner.linear.weight
+        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        counts = session.memory_counts
+        print(json.dumps({"began": began, "weights": weight.double().sum().item(), "committed": counts.committed}))
+
+
+class _Through:
+    """A forward pass through DDP's own module, whose forward is its linear layer."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        model.module.forward = model.module.linear.forward
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._model(x)
+
+
+def last(output: str) -> dict:
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def run(nodes: MemoryNodes, size: int, round_number: int, *arguments: object) -> list[dict]:
+    nodes.enter_round()
+    outputs = run_world(size, train, *arguments, **nodes.environment(round_number))
+    return [last(output) for output in outputs]
+
+
+def expected(steps: int) -> float:
+    """What the weights are after so many steps, on any world."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.linear(torch.ones(4, 16)).square().mean().backward()
+        optimizer.step()
+    return model.linear.weight.double().sum().item()
+
+
+def test_a_restart_takes_up_what_the_daemons_hold_and_a_lost_node_is_made_up_for_by_its_buddy() -> None:
+    with MemoryNodes("z1", "z2", "z1") as nodes:
+        first = run(nodes, 3, 1, 3, 6)
+        assert {one["began"] for one in first} == {0}
+        kept = nodes.nodes["n0"].events("memory_kept")[-1]
+        assert (kept["step"], kept["buddy"], kept["apart"]) == (6, "n1", "zone")
+        assert {one["began"] for one in run(nodes, 3, 2, 3, 8)} == {6}
+        assert restored(nodes) == {"memory"}
+        nodes.kill("n2")
+        again = run(nodes, 2, 3, 2, 10)
+        assert {one["began"] for one in again} == {8}
+        assert restored(nodes) == {"memory", "buddy"}
+        assert all(one["weights"] == pytest.approx(expected(10), rel=1e-6) for one in again)
+
+
+def restored(nodes: MemoryNodes) -> set[str]:
+    return {m["source"] for node in nodes.nodes.values() for m in node.observed if m["type"] == "restored"}
+
+
+def test_a_copy_is_resharded_onto_another_world_and_another_layout() -> None:
+    with MemoryNodes("", "") as nodes:
+        run(nodes, 4, 1, 2, 4, 1, "fsdp")  # one rank on n0, three on n1
+        (three,) = {one["began"] for one in run(nodes, 3, 2, 2, 6, 1, "fsdp")}
+        (one,) = run(nodes, 1, 3, 1, 8, 1, "ddp")
+        assert (three, one["began"]) == (4, 6)
+        assert one["weights"] == pytest.approx(expected(8), rel=1e-6)
+
+
+def test_a_bit_that_flips_is_noticed_before_anything_is_filled() -> None:
+    """In one part and in its copy. Nothing has been filled by then: a fresh start is a fresh start."""
+    with MemoryNodes("", "") as nodes:
+        run(nodes, 2, 1, 2, 4)
+        parts = list(nodes.memory.rglob("step-4.*rank-0*"))
+        assert len(parts) == 2
+        for path in parts:
+            flip(path, BALLAST)
+        outputs = run_world(2, train, 2, 3, **nodes.environment(2))
+        assert {last(output)["began"] for output in outputs} == {0}
+        assert "step 4 in RAM is passed over: the part of rank 0 does not match its checksum" in outputs[0]
+        assert last(outputs[0])["weights"] == pytest.approx(expected(3), rel=1e-6)
+
+
+def test_a_bit_that_flips_in_one_of_two_places_is_passed_over_for_the_disk(tmp_path: Path) -> None:
+    with MemoryNodes("", "") as nodes:
+        run(nodes, 2, 1, 2, 4, 1, "ddp", 0.0, str(tmp_path))  # the end stands on disk too
+        for path in nodes.memory.rglob("step-4.*rank-1*"):
+            flip(path, 100)
+        assert {one["began"] for one in run(nodes, 2, 2, 2, 6, 1, "ddp", 0.0, str(tmp_path))} == {4}
+        assert restored(nodes) == {"disk"}
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_a_state_that_does_not_fit_is_refused_once_with_sizes_and_training_goes_on() -> None:
+    with MemoryNodes("", "", limit_bytes=16 * MIB) as nodes:
+        outputs = run_world(2, train, 2, 5, **nodes.environment(1))
+        assert [last(output)["committed"] for output in outputs] == [0, 0]
+        assert outputs[0].count("no copy of step") == 1
+        assert "does not fit on node" in outputs[0]
+        assert "16.0 MiB that memory.limit_bytes allows" in outputs[0]
+        refused = [about["reason"] for node in nodes.nodes.values() for about in node.events("memory_refused")]
+        assert len(refused) == 1
+        assert last(outputs[0])["weights"] == pytest.approx(expected(5), rel=1e-6)
+
+
+def test_without_a_buddy_that_takes_it_a_copy_stays_on_its_own_node_and_says_why() -> None:
+    with MemoryNodes("", "") as nodes:
+        nodes.nodes["n1"].service._server.close()
+        assert {one["committed"] for one in run(nodes, 2, 1, 2, 3)} == {3}
+        kept = nodes.nodes["n0"].events("memory_kept")[-1]
+        assert kept["buddy"] == ""
+        assert "node n1: [Errno 111] Connection refused" in kept["reason"]
+
+
+def test_ranks_killed_at_any_moment_of_a_copy_lose_fewer_steps_than_asked_for_and_mix_nothing() -> None:
+    """All ranks at once, at moments chosen from the seed: what is taken up is of one step, on every rank."""
+    every, done, chance = 4, 0, random.Random(SEED)
+    print(f"seed {SEED}")
+    with MemoryNodes("", "") as nodes:
+        for round_number in range(1, 7):
+            nodes.enter_round()
+            with world(2, train, 2, 10_000, every, "ddp", 0.005, **nodes.environment(round_number)) as ranks:
+                eventually(lambda ranks=ranks: all("done" in rank.output for rank in ranks), 30)
+                time.sleep(chance.uniform(0.0, 0.4))
+                for rank in ranks:
+                    rank.kill()
+                for rank in ranks:
+                    assert rank.wait() == -signal.SIGKILL
+                (began,) = {steps_of(rank.output)[0] - 1 for rank in ranks}
+                assert max(0, done - every + 1) <= began <= done
+                done = max(steps_of(rank.output)[-1] for rank in ranks)
+        (end,) = {one["weights"] for one in run(nodes, 2, 9, 2, done + 1)}
+        assert end == pytest.approx(expected(done + 1), rel=1e-6)
+
+
+@pytest.mark.parametrize(("need", "on_disk"), [(Need.COPY, False), (Need.BUDDY, False), (Need.DISK, True)])
+def test_a_stop_saves_at_its_step_where_the_memory_outlives_it_and_on_disk_where_it_may_not(
+    need: Need, on_disk: bool, tmp_path: Path
+) -> None:
+    with MemoryNodes("", "") as nodes:
+        nodes.enter_round()
+        arguments = (2, 10_000, 8, "ddp", 0.005, str(tmp_path))
+        with world(2, train, *arguments, **nodes.environment(1)) as ranks:
+            eventually(lambda: all("done" in rank.output for rank in ranks), 30)
+            nodes.tell_workers(1, {"type": "boundary_wanted", "round": 1, "need": need.value})
+            eventually(lambda: all(boundaries(node) for node in nodes.nodes.values()), 20)
+            (stopped,) = {step for node in nodes.nodes.values() for step in boundaries(node)}
+        assert storage.complete_steps(tmp_path) == ([stopped] if on_disk else [])
+        assert {one["began"] for one in run(nodes, 2, 2, 2, 0)} == {stopped}
+        assert restored(nodes) == {"memory"}
+
+
+def boundaries(node: MemoryNode) -> set[int]:
+    """The steps at which its ranks have parked."""
+    return {event.step for event in list(node.posted) if isinstance(event, BoundaryReached)}
+
+
+def steps_of(output: str) -> list[int]:
+    """The steps that a rank has told; the last line may be torn."""
+    lines = output.splitlines(keepends=True)
+    return [json.loads(line)["done"] for line in lines if line.startswith('{"done"') and line.endswith("}\n")]
+
+
+# --- what comes over the network ---
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> LinkSettings:
+    """One certificate that signs itself, for all nodes."""
+    key, cert = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    made = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=n", "-days", "1")
+    subprocess.run(["openssl", "req", "-x509", *made, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    contexts = LinksConfig(ca=cert, cert=cert, key=key).contexts()
+    assert contexts is not None
+    return LinkSettings(server_tls=contexts[0], client_tls=contexts[1])
+
+
+def test_copies_go_over_mutual_tls_where_links_do(tls: LinkSettings) -> None:
+    with MemoryNodes("", "", links=tls) as nodes:
+        run(nodes, 2, 1, 2, 3)
+        assert nodes.nodes["n0"].events("memory_kept")[-1]["buddy"] == "n1"
+        nodes.kill("n1")
+        assert [one["began"] for one in run(nodes, 1, 2, 1, 4)] == [3]
+        place = nodes.nodes["n0"].place
+        with (
+            DataConnection.dial(place.address, place.port, None) as plain,
+            pytest.raises((ConnectionError, ValueError)),
+        ):
+            plain.ask({"op": "get", "job": JOB, "step": 3, "round": 1, "seal": 0, "writer": "n0", "ranks": []})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"op": "put", "job": "j"},
+        {"op": "put", "job": "j", "writer": "n9", "index_bytes": -1, "ranks": [0]},
+        {"op": "put", "job": "j", "writer": "n9", "index_bytes": 10**15, "ranks": [0]},
+        {"op": "put", "job": "../j", "writer": "../n9", "index_bytes": 8, "ranks": [0]},
+        {"op": "put", "job": "j", "writer": "../n9", "index_bytes": 8, "ranks": ["../x"]},
+        {"op": "get", "job": "j", "step": 1, "round": 1, "seal": 1, "writer": "n0", "ranks": [0]},
+        {"op": "erase", "job": "j"},
+        {"job": []},
+    ],
+)
+def test_a_request_of_another_form_is_refused_and_leaves_nothing(header: dict) -> None:
+    with MemoryNodes("") as nodes:
+        place = nodes.nodes["n0"].place
+        with DataConnection.dial(place.address, place.port, None) as caller:
+            refused = False
+            try:
+                caller.ask(header)
+                caller._socket.sendall(b"{}\n{}\n{}")
+                caller.answer()
+            except (MemoryRefused, OSError):
+                refused = True
+        assert refused
+        eventually(lambda: nodes.nodes["n0"].service.held().copied_bytes == 0)
+        assert not [path for path in nodes.memory.rglob("*") if path.is_file() and path.name != "lock"]
