@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
 from test_checkpoint import restored, state_of
@@ -24,6 +25,7 @@ from elasticd.checkpoint import storage
 from elasticd.checkpoint.disk import Disk
 from elasticd.checkpoint.lineage import in_order, is_late, late_ones
 from elasticd.checkpoint.manifest import UNKNOWN_STEP, FileEntry, Manifest
+from elasticd.checkpoint.restore import restore_newest
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Fence, Saver
 from elasticd.cluster.embedded import EmbeddedEtcd
@@ -247,6 +249,19 @@ def test_a_refused_fence_ends_the_worker_and_nothing_became_visible(tmp_path: Pa
         assert f"{Fenced.__name__}: checkpoint refused" in rank.output
     assert storage.complete_steps(tmp_path / "c") == [1]
     assert rank_said(daemon, "commit") == [1]
+
+
+def test_a_daemon_that_dies_during_a_save_leaves_what_was_published(tmp_path: Path, daemon: FakeDaemon) -> None:
+    """Its answer never comes. Training goes on, nothing more becomes visible, and the last save does not wait for it."""
+    daemon.fence_answers = [True, None]
+    with alone(save_often, tmp_path / "c", 40, 0.02, **env(daemon.path)) as rank:
+        eventually(lambda: len(daemon.of_type("fence")) >= 2, 30, "a question without an answer")
+        daemon.close()
+        assert rank.wait(30) == 0, rank.output
+        assert "the connection to the daemon is lost" in rank.output
+    assert storage.complete_steps(tmp_path / "c") == [1]
+    found = restore_newest(tmp_path / "c", None, lambda _: {"session": ""})
+    assert found.manifest.step == 1
 
 
 # --- two real rounds ---

@@ -159,3 +159,6 @@ def test_whether_a_guard_holds_is_told_by_the_store_or_by_nobody(store: MemorySt
     store.put(keys.round_(JOB), "{}")
     ask(revision)
     assert heard == [(True, ""), (None, "etcd gives no answer"), (True, ""), (False, "a newer round stands")]
+    keeper._seen_down()  # no thread takes from the queue here: an answer is one that did not wait in it
+    keeper.confirm(Compare(key=keys.round_(JOB), mod_revision=revision), lambda *answer: heard.append(answer))
+    assert heard[-1] == (None, "etcd is away")

@@ -80,9 +80,7 @@ class NodeLoop:
         self._inbox: list[Event] = []
         self._inbox_lock = threading.Lock()
         self.memory = self._make_memory(setup)
-        self.local = LocalServer(
-            setup.node.node_id, self.post, self._observe, self, self._rebalanced, self.memory
-        )
+        self.local = LocalServer(setup.node.node_id, self.post, self._observe, self, self._rebalanced, self.memory)
 
     async def start(self) -> None:
         """Listens, then registers. OperatorError when it cannot."""

@@ -95,8 +95,14 @@ class StoreKeeper:
         self._writes.put(lambda: self._commit(key, value, guard, answer))
 
     def confirm(self, guard: Compare, answer: Callable[[bool | None, str], None]) -> None:
-        """Whether a guard holds now; None when the store gives no answer. ``answer`` is called from a thread."""
-        self._writes.put(lambda: self._confirm(guard, answer))
+        """Whether a guard holds now; None when the store gives no answer. ``answer`` may be called from a thread.
+
+        While the store is known to be away the answer comes at once: a record that waits for it is in the queue before.
+        """
+        if self._down:
+            answer(None, "etcd is away")
+        else:
+            self._writes.put(lambda: self._confirm(guard, answer))
 
     def close(self) -> None:
         """Gives the lease back, so that the others need not wait for it."""
