@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,13 +28,16 @@ from worker_runs import FakeDaemon, ledger, run_world, world
 
 from elasticd import Session
 from elasticd.bench.balance import FAST, MICRO_BATCHES, SLOW, run
-from elasticd.errors import ConfigError, NotFinite
+from elasticd.errors import ConfigError, NotFinite, StepsDiverged
 from elasticd.testing import cgroups
 from elasticd.worker.data import Cursor, sample_ids
 from elasticd.worker.exact import SUM_BITS, exponent_for, from_fixed, to_fixed
-from elasticd.worker.loading import Key, PrefetchingLoader, Source
+from elasticd.worker.loading import PrefetchingLoader, Source
+from elasticd.worker.losses import StepLosses
+from elasticd.worker.order import Key
 from elasticd.worker.shares import as_told
 from elasticd.worker.step import Step
+from elasticd.worker.world import make_side_group
 
 SEED, COUNT = 3, 8
 
@@ -247,6 +251,26 @@ def train_with_a_fault(until: int, faulty: bool) -> None:
 
 def test_a_step_that_is_done_again_ends_in_the_same_bits() -> None:
     assert run_world(2, train_with_a_fault, 8, True) == run_world(2, train_with_a_fault, 8, False)
+
+
+def exchange_losses() -> None:
+    """Run by a rank: both give up their second step, and rank 0 before its losses were known."""
+    with Session() as session:
+        losses = StepLosses(2, make_side_group(), session.device)
+        losses.begin()
+        print(losses.mean({session.rank: torch.tensor(1.0 + session.rank)}))
+        losses.begin()
+        if session.rank == 1:
+            losses.complete_here({})  # so an exchange is under way
+        losses.begin()
+        if session.rank == 0:
+            with pytest.raises(StepsDiverged):
+                losses.mean({})
+        dist.barrier()
+
+
+def test_losses_of_a_step_that_was_given_up_are_not_mixed_with_the_next() -> None:
+    assert run_world(2, exchange_losses) == ["1.5\n", "1.5\n"]
 
 
 # --- balance ---

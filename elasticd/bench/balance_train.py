@@ -22,7 +22,7 @@ from elasticd.examples.byte_gpt import ByteGPT, StandardLibrary, loss_of
 from elasticd.torch_defects import keep_destroyed_groups
 
 #: A step is long beside the period of a control group's quota (0.1 s): whatever a node has left of it is lost.
-LENGTH, SIZE, SEED = 64, 12, 1
+LENGTH, SIZE, SEED = 64, 6, 1
 Note = Callable[[int, int, int], None]
 
 
