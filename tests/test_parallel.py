@@ -17,6 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +43,11 @@ def train_gpt(parallel: str, path: Path, caps: list[int], steps: int, directory:
     """Run by a rank: the shipped example, with this replica's cap."""
     from elasticd.examples import byte_gpt as script
 
+    if parallel == "pp-fsdp2":
+        parallel = "pp"
+        script.DistributedDataParallel = lambda stage, process_group: fully_shard(
+            stage, mesh=DeviceMesh.from_group(process_group, "cpu")
+        )
     replica_size = script.LAYOUTS[parallel].replica_size if parallel in script.LAYOUTS else 1
     cap = caps[int(os.environ["RANK"]) // replica_size] if caps else None
     script.Session = lambda **settings: Session(**settings, max_micro_batches=cap)
@@ -83,7 +90,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
 @pytest.mark.parametrize(
     ("parallel", "size", "caps"),
     [("tp", 2, None), ("tp", 4, None), ("tp-ddp", 4, [1, 3]), ("pp", 2, None), ("pp", 4, [3, 1]), ("pp", 4, [0, 4]),
-     ("hsdp", 4, None)],
+     ("pp-fsdp2", 4, [1, 3]), ("hsdp", 4, None)],
 )  # fmt: skip
 def test_the_curve_and_the_samples_are_those_of_one_process(
     tmp_path: Path, alone: dict[int, float], parallel: str, size: int, caps: list[int] | None
@@ -95,7 +102,7 @@ def test_the_curve_and_the_samples_are_those_of_one_process(
 
 def test_a_checkpoint_goes_on_under_any_other_layout(tmp_path: Path, alone: dict[int, float]) -> None:
     """With the optimizer's state: a pipeline's stages have a part of it each."""
-    chain = (("pp", 4), ("tp-ddp", 4), ("pp", 2), ("tp", 2), ("ddp", 1))
+    chain = (("pp", 4), ("tp-ddp", 4), ("pp", 2), ("ddp", 1))
     for number, (parallel, size) in enumerate(chain, start=1):
         losses = curve(tmp_path / "ledger", parallel, size, steps=2 * number - 1, into=tmp_path / "checkpoints")
     for step, loss in losses.items():
@@ -128,10 +135,9 @@ def test_exact_mode_has_the_same_bits_on_any_number_of_tensor_parallel_replicas(
         (found,) = {each.strip() for each in run_world(2 * len(caps), train_exactly, until, caps, tmp_path / name)}
         return found
 
-    whole = bits(12, [4], "whole")
-    assert bits(12, [1, 3], "two") == whole
-    assert bits(5, [4], "restarted") != whole
-    assert bits(12, [2, 2], "restarted") == whole
+    whole = bits(8, [4], "whole")
+    assert bits(3, [2, 2], "restarted") != whole
+    assert bits(8, [1, 3], "restarted") == whole
 
 
 def train_unequal(until: int) -> None:

@@ -10,10 +10,11 @@
             step.run_pipeline(pipeline, dataset, size=4)
             optimizer.step()
 
-The micro-batches of the replica's share are the schedule's. torch builds a schedule, and what a stage has received, for
-one number of them: so there is one for each number that shares have had, and all stages go over to another together. A
-1F1B schedule needs as many micro-batches as stages; a smaller share runs as GPipe, which gives the same gradients. A
-replica without a share runs one micro-batch of weight zero, to take part in the averaging.
+Stages may as well be in FSDP2, over "dp". The micro-batches of the replica's share are the schedule's. torch builds a
+schedule, and what a stage has received, for one number of them: so there is one for each number that shares have had,
+and all stages go over to another together. A 1F1B schedule needs as many micro-batches as stages; a smaller share runs
+as GPipe, which gives the same gradients. A replica without a share runs one micro-batch of weight zero, to take part in
+the averaging.
 
 Not here: which micro-batches those are (planned.py); schedules with several stages on a rank.
 """
@@ -78,8 +79,8 @@ class Pipeline:
         """Collective over the replica: forward and backward passes of ``count`` micro-batches; gradients add up.
 
         ``batches`` may be empty where ``needs_data`` is False. Each loss is multiplied by ``scale`` for the backward
-        pass. ``on_forward`` is told the place of each micro-batch before its forward pass. The losses, not multiplied; empty
-        but on the last stage.
+        pass. ``on_forward`` is told the place of each micro-batch before its forward pass. The losses, not multiplied;
+        empty but on the last stage.
         """
         self._scale, self._on_forward = scale, on_forward
         inputs, targets = self._whole(batches)

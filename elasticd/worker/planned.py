@@ -10,6 +10,7 @@ Not here: the step that they belong to (step.py), how each of these is done (loa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from elasticd.errors import ConfigError
 from elasticd.worker.clock import MicroBatchClock
 from elasticd.worker.data import Cursor
 from elasticd.worker.exact import ExactGradients
@@ -31,6 +33,7 @@ from elasticd.worker.stream import Stream
 
 if TYPE_CHECKING:
     from elasticd.worker.pipeline import Pipeline  # it takes as long to import as all the rest of torch.distributed
+log = logging.getLogger(__name__)
 
 
 class PlannedSteps:
@@ -46,13 +49,14 @@ class PlannedSteps:
         seed: int | None,
         tell: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        self._work, self._device, self._seed = work, device, seed
+        self._work, self._group, self._device, self._seed = work, group, device, seed
         self._arranged = arranged
         self._shares = CurrentShares(work, group, arranged, tell)
         self._clock = MicroBatchClock(device)
         self._losses = StepLosses(work.micro_batches, group, device)
         self._gradients: Gradients | None = None
         self._source: Source | None = None
+        self._agreed = False
         self._loader: Loader | None = None
         self._order: SampleOrder | None = None
         self._stream: Stream | None = None
@@ -91,13 +95,21 @@ class PlannedSteps:
     def decide(self, step: int, told: list[int]) -> None:
         self._shares.decide(step, told)
 
-    def resume_stream(self, saved: Mapping[str, Any] | None) -> None:
-        """What ``stream_state`` gave for the step that comes now."""
-        self._stream, self._saved_stream = None, saved
+    def state(self, step: int) -> dict[str, Any]:
+        """For a checkpoint of so many completed steps: what a step is, and where the stream stands, if there is one."""
+        stream = self._saved_stream if self._stream is None else self._stream.state(step)
+        return {"micro_batches": self.micro_batches, "stream": stream}
 
-    def stream_state(self, step: int) -> Mapping[str, Any] | None:
-        """For a checkpoint of so many completed steps; None where no stream is read."""
-        return self._saved_stream if self._stream is None else self._stream.state(step)
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what ``state`` gave, among other things, for the step that comes now."""
+        self._stream, self._saved_stream = None, saved.get("stream")
+        then = saved.get("micro_batches")
+        if then not in (None, self.micro_batches) and dist.get_rank() == 0:
+            log.warning(
+                "elasticd: steps had %d micro-batches so far, and %d from here on: the batch is another, and the curve",
+                then,
+                self.micro_batches,
+            )
 
     def close(self) -> None:
         """Workers that load ahead end."""
@@ -186,6 +198,8 @@ class PlannedSteps:
 
     def _loader_of(self, source: Source, step: int, cursor: Cursor) -> Loader | Stream:
         """The one that is in use, as long as the data set is the same and the cursor where it was expected."""
+        if not self._agreed:
+            self._agree_on_length(source.length)
         if source.length is None or self._stream is not None:
             return self._stream_of(source, step)
         known = self._source is not None and self._source.is_like(source)
@@ -196,6 +210,19 @@ class PlannedSteps:
             self._loader = make_loader(source, self._order.ids_of)
         self._order.begin(step, self._todo)
         return self._loader
+
+    def _agree_on_length(self, length: int | None) -> None:
+        """Collective, once: who is used to divide the data among ranks will have done so before."""
+        if self._group is not None:
+            said = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+            said[dist.get_rank()] = -1 if length is None else length
+            dist.all_reduce(said, group=self._group)
+            if len(set(lengths := said.tolist())) > 1:
+                raise ConfigError(
+                    f"the ranks' data sets have {lengths} samples (-1: a stream): give each rank the whole data set, "
+                    "without a DistributedSampler or a part of its own; the step divides it"
+                )
+        self._agreed = True
 
     def _stream_of(self, source: Source, step: int) -> Stream:
         if self._stream is None:
@@ -237,9 +264,11 @@ class StepWork:
             self.sample_ids += ids
 
     def backward(self, loss: torch.Tensor) -> None:
-        """RuntimeError outside of the loop, or a second time; ValueError when the loss is not one number."""
+        """RuntimeError outside of the loop, or a second time; ValueError for what is no loss of the model."""
         if self._open is None:
             raise RuntimeError("call step.backward(loss) once for each micro-batch, in the loop over them")
+        if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            raise ValueError("a loss that no parameter has part in: give step.backward what the model made, undetached")
         if loss.numel() != 1:
             raise ValueError(f"a loss of shape {tuple(loss.shape)}: give step.backward the mean over the micro-batch")
         if isinstance(loss, DTensor):

@@ -11,7 +11,7 @@ from worker_runs import byte_gpt, ledger, run_world
 from elasticd.testing.cluster import Cluster, ClusterSpec
 from elasticd.testing.history import events_of
 
-STEPS = 40
+STEPS = 25
 TRAINING = ("--steps", str(STEPS), "--batch", "8", "--micro-batches", "4")
 TINY = ("--length", "16", "--width", "16", "--print-every", "1000")
 
@@ -24,7 +24,7 @@ def test_a_tensor_parallel_job_on_three_nodes_survives_the_loss_of_one(tmp_path:
     script = ["elasticd.examples.byte_gpt", "--parallel", "tp", *TRAINING, *TINY, *paced, "--ledger", str(lines)]
     with Cluster(ClusterSpec(nodes=3, isolated=False), folder=tmp_path / "cluster") as cluster:
         cluster.submit("gpt", script, module=True, nodes="1:3", ranks_per_replica=2)
-        cluster.wait_until(lambda: any(line["step"] == 12 for line in ledger(lines)), 60, "twelve steps")
+        cluster.wait_until(lambda: any(line["step"] == 7 for line in ledger(lines)), 60, "seven steps")
         before = cluster.seated("gpt")
         assert len(before) == 2
         (spare,) = {node.name for node in cluster.nodes} - set(before)
