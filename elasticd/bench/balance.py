@@ -113,15 +113,22 @@ def run(way: str, fractions: Sequence[float], steps: int) -> Run:
 
     ``steps``: those whose speed is taken, after all has settled.
     """
+    lines, slowed_at = train(way, fractions, BEFORE + SETTLING + steps)
+    return read_run(lines, slowed_at)
+
+
+def train(
+    way: str, fractions: Sequence[float], steps: int, micro_batches: int = MICRO_BATCHES
+) -> tuple[list[dict[str, Any]], float]:
+    """The lines of all ranks, and when nodes were slowed down."""
     with _folder() as folder, open_hosts() as hosts:
         nodes = [hosts.add(f"node{rank}") for rank in range(len(fractions))]
-        ledger, count = folder / "ledger.jsonl", BEFORE + SETTLING + steps
-        ranks = [
-            _start(node, folder, way, count, ledger, _environment(nodes[0], node, rank, len(nodes)))
-            for rank, node in enumerate(nodes)
-        ]
+        ledger, ranks = folder / "ledger.jsonl", []
+        for rank, node in enumerate(nodes):
+            env = _environment(nodes[0], node, rank, len(nodes))
+            ranks.append(_start(node, folder, _command(way, steps, micro_batches, ledger), env))
         lines, slowed_at = _train(nodes, ranks, fractions, folder, [ledger])
-        return read_run(lines[ledger], slowed_at)
+        return lines[ledger], slowed_at
 
 
 def run_apart(way: str, fractions: Sequence[float], steps: int) -> list[Run]:
@@ -132,18 +139,20 @@ def run_apart(way: str, fractions: Sequence[float], steps: int) -> list[Run]:
         ranks = []
         for node, fraction, ledger in zip(nodes, fractions, ledgers, strict=True):
             count = BEFORE + SETTLING_ALONE + round(steps * fraction / min(fractions))  # so that all end together
-            ranks.append(_start(node, folder, way, count, ledger, _environment(node, node, 0, 1)))
+            command = _command(way, count, MICRO_BATCHES, ledger)
+            ranks.append(_start(node, folder, command, _environment(node, node, 0, 1)))
         lines, slowed_at = _train(nodes, ranks, fractions, folder, ledgers)
         return [read_run(lines[ledger], slowed_at, SETTLING_ALONE) for ledger in ledgers]
 
 
-def _start(
-    node: Host, folder: Path, way: str, steps: int, ledger: Path, env: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    command = [
+def _command(way: str, steps: int, micro_batches: int, ledger: Path) -> list[str]:
+    return [
         *(sys.executable, str(SCRIPT), "--way", way, "--steps", str(steps)),
-        *("--micro-batches", str(MICRO_BATCHES), "--ledger", str(ledger)),
+        *("--micro-batches", str(micro_batches), "--ledger", str(ledger)),
     ]
+
+
+def _start(node: Host, folder: Path, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
     return node.spawn(command, log=folder / f"{node.name}.log", env=env)
 
 
