@@ -28,7 +28,7 @@ WINDOWS = 8
 #: Far off: slower or faster than is usual for this rank by this factor.
 FAR_OFF = 1.4
 #: A step must get shorter by this part for shares to change: less is within what is measured by chance.
-WORTHWHILE = 0.02
+WORTHWHILE = 0.03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
