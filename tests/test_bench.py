@@ -10,6 +10,7 @@ import pytest
 from elasticd.bench import __main__ as bench
 from elasticd.bench import checkpoint, memory
 from elasticd.bench.balance import BEFORE, SETTLING, percent_missing, read_run
+from elasticd.bench.compression import WARM_UP, read_steps
 from elasticd.bench.figures import ELASTICD, TUNED, Figure, Goal, all_hold
 from elasticd.bench.idle import Usage, all_linked, cpu_percent
 from elasticd.bench.jobs import BEST, DEFAULTS, JobShape, TorchrunFlags, TorchrunJob, first_step
@@ -22,6 +23,7 @@ from elasticd.bench.rendezvous import milliseconds_to_enter
 from elasticd.bench.rendezvous_handlers import milliseconds_to_hold
 from elasticd.bench.report import document, make_markdown, make_table, print_report, quantity, write_document
 from elasticd.bench.restart import first_new_step
+from elasticd.bench.session_cost import cost_of
 from elasticd.errors import ElasticdError
 from elasticd.testing.history import Event, Trained
 
@@ -105,6 +107,34 @@ def test_speed_is_that_of_rank_0_after_its_warm_up() -> None:
     assert steps_per_second([*slow_start, *steady, *other], 3) == pytest.approx(100)
     with pytest.raises(ValueError, match="0 steps after step 3"):
         steps_per_second(slow_start, 3)
+
+
+def test_what_a_step_sends_and_takes_is_read_after_the_warm_up() -> None:
+    """The first steps send more, and rank 1 counts for itself."""
+    lines = [
+        {"rank": rank, "step": step, "t": 0.5 * step, "sent": 9_000_000 + 2_000_000 * step if rank == 0 else 0}
+        for step in range(WARM_UP + 4)
+        for rank in (0, 1)
+    ]
+    lines[0]["sent"] = 0
+    assert read_steps(lines) == pytest.approx((2.0, 0.5))
+    with pytest.raises(ValueError, match="1 steps"):
+        read_steps(lines[: 2 * (WARM_UP + 1)])
+
+
+def test_costs_are_medians_over_turns_of_both_ways() -> None:
+    turns = [(1.0, 1.1), (2.0, 2.2), (1.0, 3.0)]
+    lines = [
+        {"turn": number, "way": way, "seconds": seconds, "cpu_s": seconds}
+        for number, pair in enumerate(turns)
+        for way, seconds in zip(("plain", "session"), pair, strict=True)
+    ]
+    found = cost_of([*lines, {"turn": 3, "way": "plain", "seconds": 9.0, "cpu_s": 9.0}], "session", "plain")
+    assert found.percent == pytest.approx(10)
+    assert found.cpu_us == pytest.approx(0.2e6)
+    assert found.cpu_percent == pytest.approx(20)
+    with pytest.raises(ValueError, match="exact"):
+        cost_of(lines, "exact", "plain")
 
 
 def test_shares_have_settled_when_they_no_longer_differ_by_more_than_one() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elasticd.worker.data import Cursor, Permutation, sample_ids, shard
+from elasticd.worker.order import SampleOrder
 
 seeds = st.integers(0, 2**64 - 1)
 
@@ -90,3 +91,25 @@ def test_every_sample_exactly_once_an_epoch_whatever_the_world(
     for start in range(0, len(seen) - size + 1, size):
         assert sorted(seen[start : start + size]) == list(range(size))
     assert cursor == Cursor(epoch=len(seen) // size, index=len(seen) % size)
+
+
+@settings(deadline=None)
+@given(
+    size=st.integers(1, 40),
+    length=st.integers(1, 500),
+    shares=st.lists(st.sets(st.integers(0, 3), min_size=1), min_size=1, max_size=6),
+    first=st.integers(0, 3),
+)
+def test_ids_computed_ahead_are_those_of_each_step_whatever_falls_to_the_rank(
+    size: int, length: int, shares: list[set[int]], first: int
+) -> None:
+    """Micro-batches of this step and of the next one, owned or not, in steps whose shares change."""
+    length = max(length, 4 * size)
+    cursor = Cursor(epoch=1, index=length // 2)
+    order = SampleOrder(first, cursor, micro_batches=4, size=size, length=length, seed=9)
+    for number, owned in enumerate(shares):
+        order.begin(first + number, tuple(sorted(owned)))
+        for step, micro_batch in ((number, 0), (number + 1, 3), *((number, m) for m in owned)):
+            where = [(4 * step + micro_batch) * size + k for k in range(size)]
+            assert order.ids_of((first + step, micro_batch)) == sample_ids(cursor, where, size=length, seed=9)
+        assert order.cursor_at(first + number) == cursor.advanced(4 * size * number, length)

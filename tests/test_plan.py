@@ -19,6 +19,7 @@ from elasticd.core.balance import (
     choose_first,
     choose_shares,
     fit_caps,
+    lost_to_whole_shares,
     step_seconds,
 )
 from elasticd.core.plan import equal_shares, make_plan, moved, positions, weighted_shares
@@ -276,3 +277,21 @@ def test_a_change_of_speed_is_followed_with_the_third_exchange_and_noise_is_not(
     assert max(changes) <= 22, changes
     ideal = count / sum(1 / each for each in true)
     assert step_seconds(shares, true) <= ideal * (1 + WORTHWHILE) + max(true)
+
+
+@given(seconds=st.lists(st.floats(0.01, 10), min_size=1, max_size=6), each=st.integers(1, 20))
+def test_what_whole_shares_lose_is_bounded_and_vanishes_with_many_micro_batches(
+    seconds: list[float], each: int
+) -> None:
+    """A rank's share is at most one away from the undivided one, or it is the least that a rank has."""
+    count = each * len(seconds)
+    lost = lost_to_whole_shares(count, seconds)
+    undivided_s = count / sum(1 / one for one in seconds)
+    assert -1e-9 <= lost <= 1 - undivided_s / (undivided_s + max(seconds)) + 1e-9
+    assert lost_to_whole_shares(20 * count, seconds) <= max(seconds) / (20 * undivided_s) + 1e-9
+
+
+def test_nothing_is_lost_where_shares_come_out_whole() -> None:
+    assert lost_to_whole_shares(24, [0.1, 0.2]) == pytest.approx(0)
+    assert lost_to_whole_shares(24, [0.1, 0.1 / 0.473]) == pytest.approx(0.037, abs=0.002)
+    assert lost_to_whole_shares(48, [0.1, 0.1 / 0.473]) == pytest.approx(0.012, abs=0.002)

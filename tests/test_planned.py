@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,13 +28,17 @@ from worker_runs import FakeDaemon, ledger, run_world, world
 
 from elasticd import Session
 from elasticd.bench.balance import FAST, MICRO_BATCHES, SLOW, run
-from elasticd.errors import ConfigError, NotFinite
+from elasticd.errors import ConfigError, NotFinite, StepsDiverged
 from elasticd.testing import cgroups
+from elasticd.worker.clock import MicroBatchClock
 from elasticd.worker.data import Cursor, sample_ids
 from elasticd.worker.exact import SUM_BITS, exponent_for, from_fixed, to_fixed
-from elasticd.worker.loading import Key, PrefetchingLoader, Source
+from elasticd.worker.loading import PrefetchingLoader, Source
+from elasticd.worker.losses import StepLosses
+from elasticd.worker.order import Key
 from elasticd.worker.shares import as_told
 from elasticd.worker.step import Step
+from elasticd.worker.world import make_side_group
 
 SEED, COUNT = 3, 8
 
@@ -249,7 +254,70 @@ def test_a_step_that_is_done_again_ends_in_the_same_bits() -> None:
     assert run_world(2, train_with_a_fault, 8, True) == run_world(2, train_with_a_fault, 8, False)
 
 
+def exchange_losses() -> None:
+    """Run by a rank: both give up their second step, and rank 0 before its losses were known."""
+    with Session() as session:
+        losses = StepLosses(2, make_side_group(), session.device)
+        losses.begin()
+        print(losses.mean({session.rank: torch.tensor(1.0 + session.rank)}))
+        losses.begin()
+        if session.rank == 1:
+            losses.complete_here({})  # so an exchange is under way
+        losses.begin()
+        if session.rank == 0:
+            with pytest.raises(StepsDiverged):
+                losses.mean({})
+        dist.barrier()
+
+
+def test_losses_of_a_step_that_was_given_up_are_not_mixed_with_the_next() -> None:
+    assert run_world(2, exchange_losses) == ["1.5\n", "1.5\n"]
+
+
 # --- balance ---
+
+
+def timed(clock: MicroBatchClock, model: nn.Module, count: int, *, waited: bool) -> None:
+    """One step of so many micro-batches, each of which takes 20 ms and a backward pass."""
+    clock.begin(count)
+    for number in range(count):
+        if number == count - 1:
+            clock.begin_last()
+        time.sleep(0.02)
+        model(torch.ones(1, 6)).sum().backward()
+    time.sleep(0.3 * count)  # for other ranks
+    clock.end(waited=waited)
+
+
+def test_waiting_for_others_is_not_in_the_measure_of_a_step() -> None:
+    """Nor where the end of the last micro-batch cannot be seen: it is left out then."""
+    for seen, count in ((True, 1), (True, 3), (False, 3)):
+        clock, model, told = MicroBatchClock(torch.device("cpu")), small(), list[int]()
+        if seen:
+            clock.watch(model, lambda: told.append(1))
+        timed(clock, model, count, waited=True)
+        assert 0.02 <= clock.take() < 0.3, (seen, count)
+        assert len(told) == seen
+        assert math.isnan(clock.take())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_not_waited_for_to_be_measured() -> None:
+    """By events, which are read when the device has passed them."""
+    device = torch.device("cuda", 0)
+    clock, model = MicroBatchClock(device), small().to(device)
+    clock.watch(model, lambda: None)
+    busy = torch.randn(8192, 8192, device=device)
+    clock.begin(1)
+    clock.begin_last()
+    for _ in range(50):
+        busy = (busy @ busy).tanh()
+    model(busy[:1, :6]).sum().backward()
+    clock.end(waited=True)
+    assert math.isnan(clock.take()), "the device cannot have come to it yet"
+    torch.cuda.synchronize()
+    assert clock.take() > 0
 
 
 def train_unequal(until: int, balance: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from elasticd.bench import (
     balance,
     checkpoint,
+    compression,
     idle,
     join,
     memory,
@@ -49,6 +50,7 @@ EXPERIMENTS: dict[str, Callable[[Options], list[Figure]]] = {
         overhead,
         session_cost,
         balance,
+        compression,
         checkpoint,
         memory,
     )

@@ -1,16 +1,18 @@
-"""One rank of the training that balance.py measures: the byte GPT, by a Session or by plain DDP.
+"""One rank of the training that balance.py and compression.py measure: the byte GPT, by a Session or by plain DDP.
 
 All compute the same micro-batches of the same size, and exchange gradients once a step; plain DDP divides them
-equally. A line for each completed step.
+equally. A line for each completed step, with all that this node has sent so far, as its kernel counts it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 from elasticd import Session
 from elasticd.examples.byte_gpt import ByteGPT, StandardLibrary, loss_of
 from elasticd.torch_defects import keep_destroyed_groups
+from elasticd.worker.compress import Compression
 
 #: A step is long beside the period of a control group's quota (0.1 s): whatever a node has left of it is lost.
-LENGTH, SIZE, SEED = 64, 12, 1
+LENGTH, SIZE, SEED = 64, 6, 1
 Note = Callable[[int, int, int], None]
 
 
-def by_session(micro_batches: int, steps: int, note: Note) -> None:
-    with Session(micro_batches=micro_batches, seed=SEED) as session:
+def by_session(micro_batches: int, steps: int, note: Note, compress: Compression | None = None) -> None:
+    with Session(micro_batches=micro_batches, seed=SEED, compress=compress) as session:
         data = StandardLibrary(LENGTH)
         model = DistributedDataParallel(ByteGPT(length=LENGTH))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -62,8 +65,20 @@ def by_plain_ddp(micro_batches: int, steps: int, note: Note) -> None:
 
 WAYS: dict[str, Callable[[int, int, Note], None]] = {
     "session": by_session,
+    "bf16": partial(by_session, compress="bf16"),
+    "fp16": partial(by_session, compress="fp16"),
     "plain": by_plain_ddp,
 }
+
+
+def sent_bytes() -> int:
+    """Through the interface that gloo uses, in this process's network namespace; 0 where it has no such name."""
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        interface, _, counts = line.partition(":")
+        if interface.strip() == name:
+            return int(counts.split()[8])
+    return 0
 
 
 def main() -> None:
@@ -76,7 +91,7 @@ def main() -> None:
     with asked.ledger.open("a", buffering=1) as ledger:
 
         def note(rank: int, step: int, share: int) -> None:
-            line = {"t": time.monotonic(), "rank": rank, "step": step, "share": share}
+            line = {"t": time.monotonic(), "rank": rank, "step": step, "share": share, "sent": sent_bytes()}
             ledger.write(json.dumps(line) + "\n")
 
         WAYS[asked.way](asked.micro_batches, asked.steps, note)

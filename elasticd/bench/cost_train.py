@@ -145,6 +145,7 @@ def main() -> None:
         in_turns(loops, asked.blocks, asked.block, ledger)
     for loop in loops.values():
         loop.close()
+    dist.barrier()  # or who is done first ends the connections of the others
     keep_destroyed_groups()
     dist.destroy_process_group()
 

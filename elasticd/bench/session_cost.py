@@ -71,7 +71,7 @@ def measure(options: Options) -> list[Figure]:
     blocks = 10 if options.quick else 40
     costs: dict[str, list[Cost]] = defaultdict(list)
     micro_batch_us, step_us = list[float](), list[float]()
-    for _ in range(options.ours(5)):
+    for _ in range(options.ours(4)):
         lines = run(("plain", "again", "session"), blocks=blocks)
         costs[ELASTICD].append(cost_of(lines, "session", "plain"))
         costs[AGAIN].append(cost_of(lines, "again", "plain"))

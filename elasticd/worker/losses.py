@@ -25,12 +25,13 @@ class StepLosses:
         self._micro_batches, self._group = micro_batches, group
         self._on_host = device.type == "cpu"
         self._asked_before = False
-        self._exchanges = 0
+        self._begun = 0
         self._every = torch.empty(0)
         self._work: dist.Work | None = None
 
     def begin(self) -> None:
-        """A new step. What was under way, and nobody asked for, is left to end by itself."""
+        """A new step, or one again. What was under way, and nobody asked for, is left to end by itself."""
+        self._begun += 1
         self._work = None
 
     def complete_here(self, losses: Mapping[int, torch.Tensor]) -> None:
@@ -51,16 +52,15 @@ class StepLosses:
             self._start(losses)
         assert self._work is not None
         self._work.wait()
-        *every, exchanges = self._every.tolist()
-        if exchanges != self._exchanges * dist.get_world_size(self._group):
+        *every, begun = self._every.tolist()
+        if begun != self._begun * dist.get_world_size(self._group):
             raise StepsDiverged("step.mean_loss() was called in a step on some ranks only: all must call it")
         total: float = sum(every)
         return total / self._micro_batches
 
     def _start(self, losses: Mapping[int, torch.Tensor]) -> None:
-        self._exchanges += 1
         # A new tensor each time: the exchange of a step that was given up may still be under way.
-        said = [*_numbers(losses, self._micro_batches), float(self._exchanges)]
+        said = [*_numbers(losses, self._micro_batches), float(self._begun)]
         self._every = torch.tensor(said, dtype=torch.float64)
         self._work = dist.all_reduce(self._every, group=self._group, async_op=True)
 
