@@ -270,6 +270,48 @@ JOB = (
         "Memory: of the nodes that wrote it. Buddy: one of those was gone. Disk: a checkpoint. By rank.",
     ),
     plot(
+        "Parts of checkpoints",
+        f"sum by (result) (increase(elasticd_checkpoint_saves_total{{{J}}}[5m]))",
+        "{{result}}",
+        "Each rank saves its part; one that fails fails the checkpoint. In five minutes.",
+    ),
+    plot(
+        "Bandwidth of a save",
+        f"sum by (node) (rate(elasticd_checkpoint_written_bytes_total{{{J}}}[5m]))"
+        f" / (sum by (node) (rate(elasticd_checkpoint_save_seconds_sum{{{J}}}[5m])) > 0)",
+        "{{node}}",
+        "Bytes of a rank's part over the seconds from the copy until it was durable, mean over ranks.",
+        unit="Bps",
+    ),
+    plot(
+        "Seconds of a save",
+        f"sum by (node) (rate(elasticd_checkpoint_save_seconds_sum{{{J}}}[5m]))"
+        f" / (sum by (node) (rate(elasticd_checkpoint_save_seconds_count{{{J}}}[5m])) > 0)",
+        "{{node}}",
+        "From the copy of the state until the checkpoint was durable.",
+        unit="s",
+    ),
+    plot(
+        "Written to checkpoints",
+        f"sum by (node) (increase(elasticd_checkpoint_written_bytes_total{{{J}}}[5m]))",
+        "{{node}}",
+        "In five minutes.",
+        unit="bytes",
+    ),
+    plot(
+        "Steps that wait for checkpoints",
+        f"sum by (node) (rate(elasticd_checkpoint_stall_seconds_total{{{J}}}[5m]))",
+        "{{node}}",
+        "Seconds of stall a second, over the node's ranks.",
+        unit="percentunit",
+    ),
+    plot(
+        "Checkpoints that do not verify",
+        f"sum by (node) (elasticd_checkpoint_damaged_total{{{J}}})",
+        "{{node}}",
+        "Passed over by a restore: damaged, or published by a round that was over.",
+    ),
+    plot(
         "Rounds proposed",
         f"sum by (node, cause) (elasticd_rounds_proposed_total{{{J}}})",
         "{{node}}: {{cause}}",

@@ -144,15 +144,16 @@ def ls(directory: str, as_json: bool) -> int:  # noqa: FBT001
 @_directory
 @click.argument("steps", nargs=-1, type=int)
 @click.option("--rate", default=0.0, help="At most so many MB/s (default: as fast as it goes).")
+@click.option("--metrics-file", default="", help="Leave the result here too, as Prometheus' text format.")
 @_json
-def verify(directory: str, steps: tuple[int, ...], rate: float, as_json: bool) -> int:  # noqa: FBT001
+def verify(directory: str, steps: tuple[int, ...], rate: float, metrics_file: str, as_json: bool) -> int:  # noqa: FBT001
     """Read every byte from the disk and compare checksums. Exit status 1 when a checkpoint is damaged.
 
-    To scrub old checkpoints, run it from a timer with a --rate that the disk can spare.
+    To scrub old checkpoints, run it from a timer with a --rate that the disk can spare: systemd/elasticd-scrub@.timer.
     """
     from elasticd.commands.checkpoints import verify_checkpoints
 
-    return verify_checkpoints(directory, steps, rate_mb_s=rate, as_json=as_json)
+    return verify_checkpoints(directory, steps, rate_mb_s=rate, as_json=as_json, metrics_file=metrics_file)
 
 
 @checkpoints.command()

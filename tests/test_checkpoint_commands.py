@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import shutil
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 from conftest import need
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 from test_checkpoint import data_file, flip, names, save, state_of
 
 from elasticd.checkpoint import storage
@@ -159,6 +162,45 @@ def test_verify_keeps_to_its_rate(
     assert run("verify", tmp_path, "--rate", 0.001) == 0
     size_bytes = storage.verify(tmp_path / "step-1").size_bytes
     assert max(slept) == pytest.approx(size_bytes / 1000, rel=0.1)
+
+
+def test_a_scrub_leaves_its_figures_for_prometheus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory, file = tmp_path / "c", tmp_path / "scrub.prom"
+    directory.mkdir()
+    save(directory, 1, 2, 3)
+    flip(data_file(directory / "step-2"), position=2000)
+    size_bytes = sum(storage.verify(directory / f"step-{step}").size_bytes for step in (1, 3))
+    assert run("verify", directory, "--metrics-file", file) == 1
+    found = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(file.read_text())
+        for sample in family.samples
+        if sample.labels == {"directory": str(directory)}
+    }
+    assert time.time() - found.pop("elasticd_scrub_last_timestamp_seconds") < 60
+    assert found.pop("elasticd_scrub_duration_seconds") > 0
+    assert found == {
+        "elasticd_scrub_checkpoints": 3, "elasticd_scrub_damaged_checkpoints": 1, "elasticd_scrub_read_bytes": size_bytes
+    }  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".prom"] == ["c"]
+    capsys.readouterr()
+    assert run("verify", directory, 1, "--metrics-file", file) == 2
+    assert run("verify", directory, "--metrics-file", tmp_path / "no" / "file") == 2
+
+
+def test_a_checkpoint_that_retention_removes_during_a_scrub_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 1, 2)
+    real = storage.verify
+
+    def verify(path: Path, pace: storage.Pace) -> object:
+        shutil.rmtree(tmp_path / "step-1", ignore_errors=True)
+        return real(path, pace)
+
+    monkeypatch.setattr(storage, "verify", verify)
+    found = document(capsys, "verify", tmp_path)
+    assert [one["step"] for one in found["checkpoints"]] == [2]
 
 
 def test_inspect_names_files_and_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

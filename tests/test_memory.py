@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ from elasticd.daemon.memory import MemoryStore
 from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.memory_folder import sweep
 from elasticd.errors import MemoryRefused
+from elasticd.worker.link import DaemonLink
+from elasticd.worker.memory_host import MemoryHost
 
 SEED = int(os.environ.get("ELASTICD_TEST_SEED", "0")) or 20261125
 MIB = 1024**2
@@ -158,6 +161,48 @@ def test_a_daemon_that_is_killed_leaves_nothing(memory: Path, janitor: str) -> N
     eventually(lambda: list(memory.iterdir()) == [], 5)
 
 
+# --- what a daemon answers ---
+
+
+def call_daemon(nodes: MemoryNodes, rank: int) -> tuple[DaemonLink, MemoryHost]:
+    hello = {"type": "worker_hello", "job": JOB, "round": 1, "rank": rank, "local_rank": rank, "pid": os.getpid()}
+    link = DaemonLink(str(nodes.nodes["n0"].socket), hello)
+    return link, MemoryHost(link, "n0", timeout_s=20)
+
+
+def test_a_rank_that_gives_up_keeps_no_other_of_its_node_waiting() -> None:
+    with MemoryNodes("") as nodes, ThreadPoolExecutor(1) as pool:
+        (link, leader), (other_link, other) = (call_daemon(nodes, rank) for rank in (0, 1))
+        leader.begin(generation(1), MIB, 4096)
+        other.begin(generation(1), MIB, 0)
+        waiting = pool.submit(other.seal, generation(1), 0, 0)
+        leader.abandon(generation(1))
+        with pytest.raises(MemoryRefused, match=r"has given it up|was begun"):
+            waiting.result(10)
+        link.close()
+        other_link.close()
+
+
+def test_a_daemon_that_keeps_no_copies_says_so(tmp_path: Path) -> None:
+    with MemoryNodes("") as nodes:
+        nodes.nodes["n0"].local._memory = None
+        link, host = call_daemon(nodes, 0)
+        with pytest.raises(MemoryRefused, match=r"memory\.limit_bytes is 0"):
+            host.inventory()
+        link.close()
+        nodes.nodes["n0"].local._memory = nodes.nodes["n0"].service
+
+
+def test_a_daemon_that_is_gone_is_no_reason_to_wait() -> None:
+    with MemoryNodes("") as nodes:
+        link, host = call_daemon(nodes, 0)
+        assert host.inventory() == []
+        nodes.kill("n0")
+        with pytest.raises(MemoryRefused, match="the daemon is gone"):
+            host.inventory()
+        link.close()
+
+
 # --- ranks and their daemons ---
 
 
@@ -270,20 +315,26 @@ def test_a_copy_is_resharded_onto_another_world_and_another_layout() -> None:
 
 
 def test_a_bit_that_flips_is_noticed_before_anything_is_filled() -> None:
-    """In one part and in its copy. Nothing has been filled by then: a fresh start is a fresh start."""
+    """In a part: then its copy is taken. In its copy too: then nothing, and a fresh start is a fresh start."""
     with MemoryNodes("", "") as nodes:
         run(nodes, 2, 1, 2, 4)
-        parts = list(nodes.memory.rglob("step-4.*rank-0*"))
-        assert len(parts) == 2
-        for path in parts:
-            flip(path, BALLAST)
+        own, copy = sorted(nodes.memory.rglob("step-4.*rank-0*"), key=lambda path: "from" in path.name)
+        flip(own, BALLAST)
+        outputs = run_world(2, train, 2, 4, **nodes.environment(2))
+        assert {last(output)["began"] for output in outputs} == {4}
+        assert "step 4 in RAM: the part of rank 0 does not match its checksum" in outputs[0]
+        assert not own.exists()
+        assert copy.exists()
+        flip(copy, BALLAST)
+        nodes.enter_round()
         outputs = run_world(2, train, 2, 3, **nodes.environment(2))
         assert {last(output)["began"] for output in outputs} == {0}
-        assert "step 4 in RAM is passed over: the part of rank 0 does not match its checksum" in outputs[0]
+        (told,) = [line for line in outputs[0].splitlines() if "step 4 in RAM is passed over" in line]
+        assert "does not match its checksum" in told
         assert last(outputs[0])["weights"] == pytest.approx(expected(3), rel=1e-6)
 
 
-def test_a_bit_that_flips_in_one_of_two_places_is_passed_over_for_the_disk(tmp_path: Path) -> None:
+def test_bits_that_flip_in_a_part_and_in_its_copy_are_passed_over_for_the_disk(tmp_path: Path) -> None:
     with MemoryNodes("", "") as nodes:
         run(nodes, 2, 1, 2, 4, 1, "ddp", 0.0, str(tmp_path))  # the end stands on disk too
         for path in nodes.memory.rglob("step-4.*rank-1*"):

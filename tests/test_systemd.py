@@ -22,6 +22,8 @@ from elasticd.testing.validators import validate
 
 TOP = Path(__file__).parents[1]
 UNIT = TOP / "systemd" / "elasticd.service"
+SCRUB = TOP / "systemd" / "elasticd-scrub@.service"
+TIMER = TOP / "systemd" / "elasticd-scrub@.timer"
 SCRIPT = Path(__file__).parent / "chaos" / "train.py"
 #: Where the script and what it writes are on the nodes.
 SHARED = "/srv/shared"
@@ -42,22 +44,29 @@ insecure = true
 
 @pytest.fixture
 def analyzed(tmp_path: Path) -> Path:
-    """The unit with a program that exists here, which is all that verify would find wrong on a build machine."""
+    """The units with a program that exists here, which is all that verify would find wrong on a build machine."""
     need("" if shutil.which("systemd-analyze") else "systemd-analyze not found: apt install systemd")
-    copy = tmp_path / UNIT.name
-    copy.write_text(UNIT.read_text().replace("/opt/elasticd/bin/elasticd", sys.executable))
-    return copy
+    for unit in (UNIT, SCRUB, TIMER):
+        # A template is analyzed as one of its instances.
+        copy = tmp_path / unit.name.replace("@", "@mnt")
+        copy.write_text(unit.read_text().replace("/opt/elasticd/bin/elasticd", sys.executable))
+    return tmp_path
 
 
-def test_the_unit_file_is_valid(analyzed: Path) -> None:
-    done = subprocess.run(["systemd-analyze", "verify", str(analyzed)], capture_output=True, text=True)
+UNITS = ["elasticd.service", "elasticd-scrub@mnt.service", "elasticd-scrub@mnt.timer"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_unit_files_are_valid(analyzed: Path, unit: str) -> None:
+    done = subprocess.run(["systemd-analyze", "verify", str(analyzed / unit)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")  # a bad value is told on stderr, with status 0
 
 
-def test_the_unit_file_is_hardened(analyzed: Path) -> None:
-    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(analyzed)]
+@pytest.mark.parametrize(("unit", "limit"), [("elasticd.service", EXPOSURE_LIMIT), ("elasticd-scrub@mnt.service", 2.0)])
+def test_the_unit_files_are_hardened(analyzed: Path, unit: str, limit: float) -> None:
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(analyzed / unit)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert float(re.search(r"level for elasticd.service: ([0-9.]+)", done.stdout).group(1)) <= EXPOSURE_LIMIT
+    assert float(re.search(rf"level for {re.escape(unit)}: ([0-9.]+)", done.stdout).group(1)) <= limit
     assert "✗ NoNewPrivileges" not in done.stdout
 
 
@@ -222,3 +231,39 @@ def test_a_node_that_loses_power_takes_everything_with_it(machines: Nodes) -> No
     node.host.heal()
     node.boot()  # the enabled unit starts by itself
     machines.wait(lambda history: len(events_of(history, "registered")) == 2)
+
+
+@pytest.mark.net
+@pytest.mark.timeout(120)
+def test_checkpoints_are_scrubbed_by_a_timer(machines: Nodes, tmp_path: Path) -> None:
+    """As an operator sets it up, for a directory that belongs to somebody else; damage fails the unit."""
+    from test_checkpoint import data_file, flip, save
+
+    directory = machines.shared / "my checkpoints"
+    directory.mkdir()
+    save(directory, 1, 2)
+    for path in (directory, *directory.rglob("*")):
+        os.chown(path, 1234, 1234)
+        path.chmod(0o700)
+    machines.boot(1)
+    (node,) = machines.nodes
+    node.install(SCRUB, ["[Service]", f"Environment=PYTHONPATH={TOP}"])
+    node.install(TIMER)
+    node.run("systemctl", "daemon-reload")
+    name = node.run("systemd-escape", "--path", f"{SHARED}/{directory.name}").stdout.strip()
+    node.run("systemctl", "enable", "--now", f"elasticd-scrub@{name}.timer")
+    assert node.show(f"elasticd-scrub@{name}.timer", "ActiveState") == "active"
+    assert "elasticd-scrub" in node.run("systemctl", "list-timers", "--no-pager", "elasticd-scrub@*").stdout
+
+    def scrub() -> str:
+        node.run("systemctl", "start", f"elasticd-scrub@{name}.service", check=False, timeout_s=60)
+        return node.folder(f"/var/lib/elasticd-scrub/{name}.prom").read_text()
+
+    text = scrub()
+    assert node.show(f"elasticd-scrub@{name}.service", "Result") == "success"
+    assert f'elasticd_scrub_checkpoints{{directory="{SHARED}/{directory.name}"}} 2.0' in text
+    assert f'elasticd_scrub_damaged_checkpoints{{directory="{SHARED}/{directory.name}"}} 0.0' in text
+    flip(data_file(directory / "step-1"))
+    assert f'elasticd_scrub_damaged_checkpoints{{directory="{SHARED}/{directory.name}"}} 1.0' in scrub()
+    assert node.show(f"elasticd-scrub@{name}.service", "Result") == "exit-code"
+    assert "step 1: DAMAGED" in node.journal(f"elasticd-scrub@{name}.service")

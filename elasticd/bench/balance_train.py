@@ -1,4 +1,4 @@
-"""One rank of the training that balance.py and session_cost.py measure: the byte GPT, by a Session or by plain DDP.
+"""One rank of the training that balance.py measures: the byte GPT, by a Session or by plain DDP.
 
 All compute the same micro-batches of the same size, and exchange gradients once a step; plain DDP divides them
 equally. A line for each completed step.
@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +26,8 @@ LENGTH, SIZE, SEED = 64, 12, 1
 Note = Callable[[int, int, int], None]
 
 
-def by_session(micro_batches: int, steps: int, note: Note, *, exact: bool = False) -> None:
-    with Session(micro_batches=micro_batches, exact=exact, seed=SEED) as session:
+def by_session(micro_batches: int, steps: int, note: Note) -> None:
+    with Session(micro_batches=micro_batches, seed=SEED) as session:
         data = StandardLibrary(LENGTH)
         model = DistributedDataParallel(ByteGPT(length=LENGTH))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -63,7 +62,6 @@ def by_plain_ddp(micro_batches: int, steps: int, note: Note) -> None:
 
 WAYS: dict[str, Callable[[int, int, Note], None]] = {
     "session": by_session,
-    "exact": partial(by_session, exact=True),
     "plain": by_plain_ddp,
 }
 

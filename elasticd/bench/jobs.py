@@ -38,12 +38,14 @@ LAST_LINES = 20
 class JobShape:
     """``nodes`` hosts at the start, worlds of ``limits``, ``nproc`` workers a node.
 
-    ``group_timeout_s`` 0: the script leaves its process group's time-out at torch's default, half an hour.
+    ``module``: the command names one, and no script. ``group_timeout_s`` 0: the script leaves its process group's
+    time-out at torch's default, half an hour.
     """
 
     nodes: int = 3
     limits: str = "2:3"
     nproc: int = 1
+    module: bool = False
     group_timeout_s: float = 0.0
 
     def command(self, folder: Path) -> list[str]:
@@ -103,6 +105,8 @@ class ElasticdJob:
             self.cluster.__enter__()
             steps = self._folder / "steps"
             fields = {"nodes": self.shape.limits, "nproc_per_node": self.shape.nproc, "max_restarts": RESTARTS}
+            if self.shape.module:
+                fields["module"] = True
             self.cluster.submit("bench", self.shape.command(steps), **fields)
         except BaseException:
             self.__exit__()

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import elasticd.bench
 from elasticd.bench.figures import ELASTICD, Figure, Goal
 from elasticd.bench.jobs import STEP_S, ElasticdJob, JobShape
 from elasticd.bench.options import Options
@@ -28,7 +27,6 @@ from elasticd.errors import ElasticdError
 from elasticd.testing.cluster import Cluster, ClusterSpec
 from elasticd.testing.history import Trained
 
-HERE = Path(elasticd.bench.__file__).parent
 RANKS = 2
 #: Of the node that is killed: fewer completed steps than this are lost.
 EVERY_STEPS = 4
@@ -41,11 +39,13 @@ Turn = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryShape(JobShape):
-    """A script that keeps its state in RAM."""
+    """A script that keeps its state in RAM. By name: beside bench/__main__.py no script can start warm."""
+
+    module: bool = True
 
     def command(self, folder: Path) -> list[str]:
         del folder
-        return [str(HERE / "memory_train.py"), str(EVERY_STEPS), str(STEP_S)]
+        return ["elasticd.bench.memory_train", str(EVERY_STEPS), str(STEP_S)]
 
 
 def measure(options: Options) -> list[Figure]:
@@ -120,7 +120,7 @@ def _run_ranks(options: Options) -> tuple[list[Turn], list[float]]:
     try:
         with Cluster(spec, folder=folder / "cluster") as cluster, _Loop(cluster, folder / "copying") as loop:
             arguments = (str(folder), "1", str(turns))
-            cluster.submit("ranks", [str(HERE / "memory_ranks.py"), *arguments], nodes=str(RANKS))
+            cluster.submit("ranks", ["elasticd.bench.memory_ranks", *arguments], module=True, nodes=str(RANKS))
             over = partial(_is_over, cluster)
             cluster.wait_until(over, TIMEOUT_S, "the ranks of the memory experiment end")
         text = (folder / "turns.jsonl").read_text() if (folder / "turns.jsonl").exists() else ""

@@ -69,6 +69,7 @@ class RestoringHost(Protocol):
         seal: int,
         wanted: Mapping[int, tuple[NodeId, Sequence[NodeId]]],
         index_from: Sequence[NodeId],
+        damaged: Sequence[tuple[int, str]] = (),
     ) -> Fetched: ...
 
     def restored(self, generation: Generation | None) -> None: ...
@@ -147,12 +148,28 @@ class MemoryRestore:
             wanted = {rank: (index.part(rank).node_id, whole.holders[rank]) for rank in ranks}
             fetched = self._host.fetch(whole.generation, whole.seal, wanted, holders)
             taken = _Taken(state, metadata, fetched)
-            taken.check(index)
+            if damaged := taken.damaged(index):  # another node may have it whole
+                log.warning("elasticd: step %d in RAM: %s", whole.generation.step, _told(damaged))
+                taken = _Taken(state, metadata, self._fetch_again(whole, wanted, damaged))
+                if damaged := taken.damaged(index):
+                    return None, _told(damaged)
         except (MemoryRefused, CheckpointInvalid, OSError) as error:
             return None, str(error)
         except (ValueError, RuntimeError, KeyError) as error:  # how DCP says that a state does not fit
             return None, f"it does not fit what was registered: {error}"
         return taken, ""
+
+    def _fetch_again(
+        self,
+        whole: Whole,
+        wanted: Mapping[int, tuple[NodeId, Sequence[NodeId]]],
+        damaged: Sequence[tuple[int, str]],
+    ) -> Fetched:
+        assert self._host is not None
+        try:
+            return self._host.fetch(whole.generation, whole.seal, wanted, whole.index_holders(), damaged)
+        except MemoryRefused as error:
+            raise MemoryRefused(f"{_told(damaged)}; {error}") from error
 
     def _load(self, whole: Whole, taken: _Taken, started: float) -> Restored:
         assert self._host is not None
@@ -185,6 +202,10 @@ def _read_index(fetched: Fetched, whole: Whole) -> tuple[Index, Metadata]:
     return index, unpack_metadata(packed)
 
 
+def _told(damaged: Sequence[tuple[int, str]]) -> str:
+    return f"the part of rank {damaged[0][0]} does not match its checksum"
+
+
 def _plan(state: dict[str, Any], metadata: Metadata) -> LoadPlan:
     planner = DefaultLoadPlanner()
     planner.set_up_planner(state, metadata, is_coordinator=False)
@@ -204,22 +225,24 @@ class _Taken:
         # Mapped for reading only; nobody writes through the tensors that are made of it.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         self.state, self._metadata = state, metadata
-        self.fetched_bytes = fetched.fetched_bytes
+        self.fetched_bytes, self._paths = fetched.fetched_bytes, fetched.paths
         self._maps = {rank: _map(Path(path)) for rank, path in fetched.paths.items()}
 
     @property
     def size_bytes(self) -> int:
         return sum(len(one) for one in self._maps.values())
 
-    def check(self, index: Index) -> None:
-        """CheckpointInvalid when a part is not what its rank wrote."""
+    def damaged(self, index: Index) -> list[tuple[int, str]]:
+        """Rank and path of each part that is not what its rank wrote."""
+        found = []
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="elasticd-checksum") as pool:
             for rank, view in self._maps.items():
                 part = index.part(rank)
                 blocks = range(0, len(view), BLOCK_BYTES)
                 crc32 = combine(pool.map(lambda at, view=view: zlib.crc32(view[at : at + BLOCK_BYTES]), blocks))
                 if (len(view), crc32) != (part.size_bytes, part.crc32):
-                    raise CheckpointInvalid(f"the part of rank {rank} does not match its checksum")
+                    found.append((rank, self._paths[rank]))
+        return found
 
     def load(self) -> None:
         with warnings.catch_warnings():

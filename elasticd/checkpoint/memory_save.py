@@ -263,9 +263,11 @@ class MemoryCopies:
             index_bytes = self._write_index(begun, said)
             return self._host.seal(begun.generation, crc32, index_bytes)
         except MemoryRefused as error:
-            return None, str(error)
+            reason = str(error)
         except OSError as error:
-            return None, f"shared memory of node {self._host.node_id} cannot be used: {error}"
+            reason = f"shared memory of node {self._host.node_id} cannot be used: {error}"
+        self._host.abandon(begun.generation)  # now: the node's other ranks must not wait for this one
+        return None, reason
 
     def _write_index(self, begun: _Begun, said: list[Any]) -> int:
         """On one rank of each node; how long it is. Every part is written by now, whoever's it is."""

@@ -1,7 +1,8 @@
 """``elasticd checkpoints ls | verify | inspect | prune | pin | export``: a directory of checkpoints, without a cluster.
 
 Verifying old checkpoints at a bounded rate is a command and not the daemon's: it needs nothing that the daemon knows, a
-shared file system should be read by one node and not by all, and a timer says when better than we could.
+shared file system should be read by one node and not by all, and a timer says when better than we could
+(systemd/elasticd-scrub@.timer). A checkpoint that retention removes meanwhile is not damaged.
 
 Temporary directories are removed here only on demand: whether the round that owns one still lives is known to the saver
 of a later round, which sweeps it, and to a person. Only ``inspect`` and ``export`` import torch.
@@ -60,19 +61,27 @@ def describe(directory: Path, step: int) -> dict[str, Any]:
     return plain
 
 
-def verify_checkpoints(directory: str, steps: Sequence[int], *, rate_mb_s: float, as_json: bool) -> int:
+def verify_checkpoints(
+    directory: str, steps: Sequence[int], *, rate_mb_s: float, as_json: bool, metrics_file: str = ""
+) -> int:
     path = _existing(directory)
     if rate_mb_s < 0:
         raise ConfigError("--rate must not be negative")
+    if metrics_file and steps:
+        raise ConfigError("--metrics-file tells of a whole directory: name no steps with it")
     pace, results = storage.Pace(1e6 * rate_mb_s), []
     for step in [_known(path, step) for step in steps] or storage.complete_steps(path):
-        results.append(_verify(path, step, pace))
+        if (result := _verify(path, step, pace)) is None:
+            continue
+        results.append(result)
         if not as_json:
-            click.echo(_verdict(results[-1]))
+            click.echo(_verdict(result))
     if as_json:
         _print_json({"directory": str(path), "checkpoints": results})
     elif not results:
         click.echo(f"no checkpoint in {path}")
+    if metrics_file:
+        _write_metrics(path, results, Path(metrics_file))
     return EXIT_DAMAGED if any(one["problem"] for one in results) else 0
 
 
@@ -164,13 +173,32 @@ def _metadata_of(manifest: Manifest) -> tuple[Any, ...]:
     return tuple(entry for entry in manifest.files if entry.name == METADATA_NAME)
 
 
-def _verify(directory: Path, step: int, pace: storage.Pace) -> dict[str, Any]:
+def _verify(directory: Path, step: int, pace: storage.Pace) -> dict[str, Any] | None:
+    """None: it is gone."""
     started, problem, size_bytes = time.monotonic(), None, 0
     try:
         size_bytes = storage.verify(directory / complete_name(step), pace).size_bytes
     except CheckpointInvalid as error:
         problem = str(error)
+        if not (directory / complete_name(step)).exists():
+            return None
     return {"step": step, "size_bytes": size_bytes, "seconds": time.monotonic() - started, "problem": problem}
+
+
+def _write_metrics(directory: Path, results: Sequence[Mapping[str, Any]], file: Path) -> None:
+    from elasticd.metrics.scrubbing import Scrubbed, write_metrics
+
+    scrubbed = Scrubbed(
+        directory=str(directory),
+        checkpoints=len(results),
+        damaged=sum(one["problem"] is not None for one in results),
+        size_bytes=sum(one["size_bytes"] for one in results),
+        seconds=sum(one["seconds"] for one in results),
+    )
+    try:
+        write_metrics(scrubbed, file)
+    except OSError as error:
+        raise OperatorError(f"the figures could not be written to {file}: {error.strerror}") from error
 
 
 def _verdict(result: Mapping[str, Any]) -> str:

@@ -199,6 +199,17 @@ class MemoryStore:
                 self._files.free(job.shelf, list(job.files()), again=False)
                 shutil.rmtree(job.shelf.folder, ignore_errors=True)
 
+    def drop_damaged(self, job_id: JobId, generation: Generation, rank: int, path: str) -> None:
+        """A part does not match its checksum any more: the file of that name is no part of anything."""
+        with self._lock:
+            job = self._job(job_id)
+            for (one, _), copy in job.copies.items():
+                file = copy.parts.get(rank)
+                if one == generation and file is not None and str(file.path) == path:
+                    log.warning("memory: the part of rank %d of step %d is damaged", rank, generation.step)
+                    copy.sealed.pop(rank, None)
+                    self._files.free(job.shelf, [copy.parts.pop(rank)], again=False)
+
     # --- what is there ---
 
     def holdings(self, job_id: JobId) -> list[Holding]:

@@ -48,6 +48,8 @@ class Wanted:
     seal: int
     parts: Mapping[int, tuple[NodeId, tuple[NodeId, ...]]]
     index_from: tuple[NodeId, ...]
+    #: (rank, path) of what is here and was found damaged: it is wanted from elsewhere.
+    damaged: tuple[tuple[int, str], ...] = ()
 
 
 class Copies:
@@ -91,6 +93,8 @@ class Copies:
     def fetch(self, wanted: Wanted, places: Mapping[NodeId, Place]) -> dict[str, Any]:
         """Bring here what is not here yet: paths by rank, and the index. MemoryRefused when it cannot be had."""
         with self._fetching:  # ranks of one node mostly want the same
+            for rank, path in wanted.damaged:
+                self._store.drop_damaged(wanted.job_id, wanted.generation, rank, path)
             missing: dict[tuple[NodeId, tuple[NodeId, ...]], list[int]] = {}
             for rank, (writer, nodes) in wanted.parts.items():
                 if not self._is_here(partial(self._part, wanted, rank)):

@@ -133,8 +133,7 @@ class MemoryService:
                 self._committed = _need(generation)
                 self._quietly(self.store.commit, caller.job_id, _need(generation))
             case "abandon":
-                self._sealers.pop(_need(generation), None)
-                self._quietly(self.store.abandon, caller.job_id, _need(generation))
+                self._void(caller.job_id, _need(generation), "a rank of this node has given it up")
             case "inventory":
                 self._run(caller, message, lambda: {"holdings": to_plain(self.store.holdings(caller.job_id))})
             case "fetch":
@@ -169,7 +168,12 @@ class MemoryService:
             if self.store.seal(caller.job_id, caller.rank, generation, crc32, index_bytes):
                 self._soon(self._keep, caller.job_id, generation)
 
-        self._submit(self._control, work, lambda reason: self._soon(self._unsealed, generation, reason))
+        self._submit(self._control, work, lambda reason: self._soon(self._void, caller.job_id, generation, reason))
+
+    def _void(self, job_id: JobId, generation: Generation, reason: str) -> None:
+        """Whoever has sealed a part of it hears so at once, and who seals one later is refused."""
+        self._quietly(self.store.abandon, job_id, generation)
+        self._unsealed(generation, reason)
 
     def _keep(self, job_id: JobId, generation: Generation) -> None:
         """All local parts are written: find who keeps a copy of them."""
@@ -247,6 +251,7 @@ class MemoryService:
                 for rank, writer, nodes in message["wanted"]
             },
             index_from=tuple(NodeId(str(node)) for node in message["index_from"]),
+            damaged=tuple((int(rank), str(path)) for rank, path in message["damaged"]),
         )
         places = self._world().places
 

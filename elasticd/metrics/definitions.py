@@ -253,6 +253,17 @@ RESTORE_SECONDS = HistogramDefinition(
     COPY_BUCKETS_S,
 )
 
+# --- Scrubs: a command from a timer leaves its figures in a file (scrubbing.py) --------------------
+
+DIRECTORY = ("directory",)
+SCRUB_AT = GaugeDefinition(
+    "elasticd_scrub_last_timestamp_seconds", "When the checkpoints were last read through, in Unix time.", DIRECTORY
+)
+SCRUB_CHECKED = GaugeDefinition("elasticd_scrub_checkpoints", "How many the last scrub has read.", DIRECTORY)
+SCRUB_DAMAGED = GaugeDefinition("elasticd_scrub_damaged_checkpoints", "How many of them are damaged.", DIRECTORY)
+SCRUB_BYTES = GaugeDefinition("elasticd_scrub_read_bytes", "What of them was read and is whole.", DIRECTORY)
+SCRUB_SECONDS = GaugeDefinition("elasticd_scrub_duration_seconds", "How long that took.", DIRECTORY)
+
 # --- The node -------------------------------------------------------------------------------------
 
 CPUS = GaugeDefinition("elasticd_node_cpus", "CPUs that this node offers.")

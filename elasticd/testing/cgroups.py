@@ -13,7 +13,8 @@ from pathlib import Path
 
 from elasticd.errors import ElasticdError
 
-_PERIOD_US = 100_000
+#: The kernel's own choice.
+PERIOD_S = 0.1
 _SETTLE_TIMEOUT_S = 10.0
 
 
@@ -93,11 +94,15 @@ def freeze(group: Path, *, frozen: bool) -> None:
         _wait_event(group, "frozen", "1")
 
 
-def slow(group: Path | None, fraction: float) -> None:
-    """At most this fraction of one CPU; 0 for no limit."""
+def slow(group: Path | None, fraction: float, period_s: float = PERIOD_S) -> None:
+    """At most this fraction of one CPU in each period; 0 for no limit."""
     if group is None:
         raise Unsupported("no cpu controller of cgroup version 1 here: a host cannot be slowed down")
-    (group / "cpu.cfs_quota_us").write_text(str(int(_PERIOD_US * fraction)) if fraction > 0 else "-1")
+    period_us = int(1e6 * period_s)
+    (group / "cpu.cfs_quota_us").write_text("-1")  # or the kernel may refuse the other period
+    (group / "cpu.cfs_period_us").write_text(str(period_us))
+    if fraction > 0:
+        (group / "cpu.cfs_quota_us").write_text(str(int(period_us * fraction)))
 
 
 def pids(group: Path) -> list[int]:

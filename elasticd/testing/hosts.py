@@ -63,8 +63,8 @@ class Host(Protocol):
         """The end of cut(), freeze() and slow()."""
         ...
 
-    def slow(self, fraction: float) -> None:
-        """At most this fraction of one CPU for all of it."""
+    def slow(self, fraction: float, period_s: float = cgroups.PERIOD_S) -> None:
+        """At most this fraction of one CPU for all of it, in each period."""
         ...
 
 
@@ -183,8 +183,8 @@ class NamespaceHost:
     def cut(self) -> None:
         run("ip", "link", "set", self.link, "down")
 
-    def slow(self, fraction: float) -> None:
-        cgroups.slow(self._cpu, fraction)
+    def slow(self, fraction: float, period_s: float = cgroups.PERIOD_S) -> None:
+        cgroups.slow(self._cpu, fraction, period_s)
 
     def heal(self) -> None:
         run("ip", "link", "set", self.link, "up")

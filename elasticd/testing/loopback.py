@@ -90,7 +90,7 @@ class LoopbackHost:
     def cut(self) -> None:
         raise Unsupported("hosts on loopback share one network: they cannot be cut off (run as root on Linux)")
 
-    def slow(self, fraction: float) -> None:  # noqa: ARG002
+    def slow(self, fraction: float, period_s: float = 0.0) -> None:  # noqa: ARG002
         raise Unsupported("hosts on loopback have no control group: they cannot be slowed down (run as root on Linux)")
 
     def heal(self) -> None:

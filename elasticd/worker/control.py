@@ -24,8 +24,6 @@ from elasticd.worker.world import make_side_group
 #: How often the ranks talk, about; a step that is longer than this has an exchange of its own.
 EXCHANGE_EVERY_S = 0.2
 MAX_STEPS_APART = 20
-#: How many numbers are agreed upon; each rank's own follow.
-_AGREED = 6
 
 
 class Control:
@@ -37,7 +35,7 @@ class Control:
     def __init__(self) -> None:
         self.group = make_side_group()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._said = torch.zeros(_AGREED, dtype=torch.int64)
+        self._said = torch.zeros(1, dtype=torch.int64)
         self._work: dist.Work | None = None
         self._begun = 0
         self.told: list[int] = []
@@ -57,12 +55,12 @@ class Control:
         if self.group is None:
             self._said[0] = stop_wanted
         elif due or step >= self._next_exchange:
-            said = [stop_wanted, self._step_us(step), step, -step, self._begun, -self._begun]
+            owns = [0] * self._world_size
+            owns[self._rank] = own()
+            said = [int(stop_wanted), self._step_us(step), step, -step, self._begun, -self._begun, *owns]
             self._last_exchange = (step, time.monotonic())
             # A new tensor each time: the exchange of a step that was given up may still be under way.
-            self._said = torch.zeros(_AGREED + self._world_size, dtype=torch.int64)
-            self._said[:_AGREED] = torch.tensor(said, dtype=torch.int64)
-            self._said[_AGREED + self._rank] = own()
+            self._said = torch.tensor(said, dtype=torch.int64)
             self._work = dist.all_reduce(self._said, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
 
     def finish(self, step: int) -> tuple[bool, float]:

@@ -12,20 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 #: Of numpy.uint64.
 Integers = NDArray[Any]
-#: The arithmetic below is modulo 2**64, and the same for an int and for an array.
-Number = TypeVar("Number", int, Integers)
 
 _MASK_64 = (1 << 64) - 1
+_ADDED, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _ROUNDS = 6
-#: From here on an array is faster than one index at a time (4 us each).
-_MANY = 96
+#: From here on an array is faster than one index at a time (5 us each).
+_MANY = 64
 
 
 class Permutation:
@@ -60,17 +59,29 @@ class Permutation:
 
     def take(self, indices: Integers) -> Integers:
         """``self[index]`` of many valid indices at once."""
-        values = self._encrypt(indices)
+        values = self._encrypt_many(indices)
         while len(outside := np.flatnonzero(values >= self.size)):
-            values[outside] = self._encrypt(values[outside])
+            values[outside] = self._encrypt_many(values[outside])
         return values
 
-    def _encrypt(self, value: Number) -> Number:
+    def _encrypt(self, value: int) -> int:
         """One pass. The halves differ by at most a bit, and swap their widths each round."""
         left_bits, right_bits = self._left_bits, self._right_bits
         left, right = value >> right_bits, value & ((1 << right_bits) - 1)
         for key in self._keys:
             left, right = right, left ^ (_mix(right + key) & ((1 << left_bits) - 1))
+            left_bits, right_bits = right_bits, left_bits
+        return left << right_bits | right
+
+    def _encrypt_many(self, values: Integers) -> Integers:
+        """The same for each of an array."""
+        left_bits, right_bits = self._left_bits, self._right_bits
+        left, right = values >> right_bits, values & ((1 << right_bits) - 1)
+        for key in self._keys:
+            mixed = _mix_many(right, key)
+            mixed &= (1 << left_bits) - 1
+            mixed ^= left
+            left, right = right, mixed
             left_bits, right_bits = right_bits, left_bits
         return left << right_bits | right
 
@@ -101,7 +112,8 @@ def shard(count: int, rank: int, world_size: int) -> range:
 def sample_ids(cursor: Cursor, positions: Sequence[int], *, size: int, seed: int) -> list[int]:
     """The samples at these positions after the cursor, in order."""
     if len(positions) >= _MANY:
-        return _many_sample_ids(cursor, positions, size=size, seed=seed)
+        found: list[int] = many_sample_ids(cursor, np.asarray(positions), size=size, seed=seed).tolist()
+        return found
     orders: dict[int, Permutation] = {}
     ids = []
     for position in positions:
@@ -112,20 +124,31 @@ def sample_ids(cursor: Cursor, positions: Sequence[int], *, size: int, seed: int
     return ids
 
 
-def _many_sample_ids(cursor: Cursor, positions: Sequence[int], *, size: int, seed: int) -> list[int]:
-    at = np.asarray(positions, dtype=np.uint64) + np.uint64(cursor.index)
+def many_sample_ids(cursor: Cursor, positions: Integers, *, size: int, seed: int) -> Integers:
+    """The same for an array of any shape: one of that shape."""
+    at = positions.ravel().astype(np.uint64) + np.uint64(cursor.index)
     epochs, indices = np.divmod(at, np.uint64(size))
     ids = np.empty_like(indices)
-    for epoch in np.unique(epochs):
+    for epoch in range(int(epochs.min(initial=0)), int(epochs.max(initial=0)) + 1):
         here = epochs == epoch
-        ids[here] = Permutation(size, seed=seed, epoch=cursor.epoch + int(epoch)).take(indices[here])
-    found: list[int] = ids.tolist()
-    return found
+        ids[here] = Permutation(size, seed=seed, epoch=cursor.epoch + epoch).take(indices[here])
+    return ids.reshape(positions.shape)
 
 
-def _mix(value: Number) -> Number:
+def _mix(value: int) -> int:
     """splitmix64's finaliser: every bit of the result depends on every bit of the value."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK_64
-    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK_64
-    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK_64
+    value = (value + _ADDED) & _MASK_64
+    value = ((value ^ value >> 30) * _FIRST) & _MASK_64
+    value = ((value ^ value >> 27) * _SECOND) & _MASK_64
     return value ^ value >> 31
+
+
+def _mix_many(values: Integers, key: int) -> Integers:
+    """``_mix(value + key)`` of each; the type's arithmetic is modulo 2**64 by itself."""
+    mixed = values + np.uint64((key + _ADDED) & _MASK_64)
+    mixed ^= mixed >> 30
+    mixed *= np.uint64(_FIRST)
+    mixed ^= mixed >> 27
+    mixed *= np.uint64(_SECOND)
+    mixed ^= mixed >> 31
+    return mixed

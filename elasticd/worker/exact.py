@@ -23,6 +23,7 @@ one in three. The model is split and not wrapped; its first values must be the s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import frexp
 
 import torch
 import torch.distributed as dist
@@ -142,16 +143,16 @@ def exponent_for(magnitude: float, count: int) -> int:
     """The power of two by which ``count`` values, none larger than ``magnitude``, are multiplied to be summed."""
     if magnitude <= 0:
         return 0
-    above = int(torch.frexp(torch.tensor(magnitude, dtype=torch.float64)).exponent.item())  # magnitude < 2**above
+    _, above = frexp(magnitude)  # magnitude < 2**above
     return min(MAX_EXPONENT, SUM_BITS - (count - 1).bit_length() - above)
 
 
 def to_fixed(values: torch.Tensor, exponent: int) -> torch.Tensor:
-    return (values.double() * 2.0**exponent).round().to(torch.int64)
+    return values.double().mul_(2.0**exponent).round_().to(torch.int64)
 
 
 def from_fixed(values: torch.Tensor, exponent: int) -> torch.Tensor:
-    return values.double() * 2.0**-exponent
+    return values.double().mul_(2.0**-exponent)
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,7 @@ class MeanGradients:
     def __init__(self, registered: Registered, *, micro_batches: int, arranged: Arrangement) -> None:
         self._zero = registered.optimizer or trained(registered)
         self.scale = arranged.replicas / micro_batches
+        self._weights: dict[tuple[float, torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
         self._whole = False
         self._replicas, self._shards = replicas(registered), shards(registered)
         if arranged.world_size > 1:
@@ -78,10 +79,17 @@ class MeanGradients:
                 module.set_reshard_after_backward(last, recurse=False)
 
     def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
-        (loss * (self.scale if counts else 0.0)).backward()  # type: ignore[no-untyped-call]
+        loss.backward(self._weight(loss, self.scale if counts else 0.0))  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
         pass
+
+    def _weight(self, loss: torch.Tensor, value: float) -> torch.Tensor:
+        """As the gradient of the loss: to multiply the loss would be two more operations a micro-batch."""
+        key = (value, loss.shape, loss.dtype, loss.device)
+        if key not in self._weights:
+            self._weights[key] = torch.full_like(loss, value)
+        return self._weights[key]
 
     def _check_layout(self, model: torch.nn.Module, arranged: Arrangement) -> None:
         """Each replica is to compute micro-batches of its own, and gradients are to be averaged over all of them."""

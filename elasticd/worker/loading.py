@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-#: (step, micro-batch)
-Key = tuple[int, int]
+from elasticd.worker.order import Key
+
 Collate = Callable[[list[Any]], Any]
 
 
@@ -124,7 +124,10 @@ class PrefetchingLoader:
         return self._rest.popleft()
 
 
-def make_loader(source: Source, ids_of: Callable[[Key], list[int]]) -> DirectLoader | PrefetchingLoader:
+Loader = DirectLoader | PrefetchingLoader
+
+
+def make_loader(source: Source, ids_of: Callable[[Key], list[int]]) -> Loader:
     return PrefetchingLoader(source, ids_of) if source.workers else DirectLoader(source, ids_of)
 
 

@@ -53,10 +53,15 @@ class MemoryHost:
         seal: int,
         wanted: Mapping[int, tuple[NodeId, Sequence[NodeId]]],
         index_from: Sequence[NodeId],
+        damaged: Sequence[tuple[int, str]] = (),
     ) -> Fetched:
-        """Have these ranks' parts brought here: by rank, who wrote it and who has it. The index comes along."""
+        """Have these ranks' parts brought here: by rank, who wrote it and who has it. The index comes along.
+
+        ``damaged``: rank and path of parts that are here already, and are of no use.
+        """
         plain = [[rank, writer, list(nodes)] for rank, (writer, nodes) in wanted.items()]
-        answer = self._ask("fetch", generation, seal=seal, wanted=plain, index_from=list(index_from))
+        where = {"wanted": plain, "index_from": list(index_from), "damaged": list(damaged)}
+        answer = self._ask("fetch", generation, seal=seal, **where)
         return Fetched(
             paths={int(rank): str(path) for rank, path in answer["paths"]},
             index_path=str(answer["index_path"]),

@@ -10,6 +10,7 @@ Not here: the step that they belong to (step.py), how each of these is done (loa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +18,22 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from elasticd.core.plan import positions
+from elasticd.errors import ConfigError
 from elasticd.worker.clock import MicroBatchClock
-from elasticd.worker.data import Cursor, sample_ids
+from elasticd.worker.data import Cursor
 from elasticd.worker.exact import ExactGradients
 from elasticd.worker.gradients import Gradients, MeanGradients, shards, trained
 from elasticd.worker.layout import Arrangement
-from elasticd.worker.loading import DirectLoader, Key, PrefetchingLoader, Source, make_loader, to_device
+from elasticd.worker.loading import Loader, Source, make_loader, to_device
+from elasticd.worker.losses import StepLosses
+from elasticd.worker.order import Key, SampleOrder
 from elasticd.worker.shares import CurrentShares, Work, as_told
 from elasticd.worker.state import Registered, derive_seed
 from elasticd.worker.stream import Stream
 
 if TYPE_CHECKING:
     from elasticd.worker.pipeline import Pipeline  # it takes as long to import as all the rest of torch.distributed
+log = logging.getLogger(__name__)
 
 
 class PlannedSteps:
@@ -49,13 +53,14 @@ class PlannedSteps:
         self._arranged = arranged
         self._shares = CurrentShares(work, group, arranged, tell)
         self._clock = MicroBatchClock(device)
+        self._losses = StepLosses(work.micro_batches, group, device)
         self._gradients: Gradients | None = None
         self._source: Source | None = None
-        self._loader: DirectLoader | PrefetchingLoader | None = None
+        self._agreed = False
+        self._loader: Loader | None = None
+        self._order: SampleOrder | None = None
         self._stream: Stream | None = None
         self._saved_stream: Mapping[str, Any] | None = None
-        self._anchor = (0, Cursor())
-        self._last_ids: tuple[Key, list[int]] = (-1, -1), []
 
     @property
     def micro_batches(self) -> int:
@@ -72,11 +77,14 @@ class PlannedSteps:
 
     # What the session does between steps.
 
-    def use(self, registered: Registered) -> None:
-        """The model whose gradients are meant. ConfigError when they could not be averaged as asked for."""
+    def use(self, registered: Registered, on_gradients: Callable[[], None]) -> None:
+        """The model whose gradients are meant. ConfigError when they could not be averaged as asked for.
+
+        ``on_gradients`` is called, where that can be seen, when this rank has computed all gradients of a step.
+        """
         make = ExactGradients if self._work.exact else MeanGradients
         self._gradients = make(registered, micro_batches=self.micro_batches, arranged=self._arranged)
-        self._clock.watch(trained(registered))
+        self._clock.watch(trained(registered), on_gradients)
         if self._work.balance == "auto":
             self._shares.balanced = not shards(registered)
 
@@ -87,13 +95,21 @@ class PlannedSteps:
     def decide(self, step: int, told: list[int]) -> None:
         self._shares.decide(step, told)
 
-    def resume_stream(self, saved: Mapping[str, Any] | None) -> None:
-        """What ``stream_state`` gave for the step that comes now."""
-        self._stream, self._saved_stream = None, saved
+    def state(self, step: int) -> dict[str, Any]:
+        """For a checkpoint of so many completed steps: what a step is, and where the stream stands, if there is one."""
+        stream = self._saved_stream if self._stream is None else self._stream.state(step)
+        return {"micro_batches": self.micro_batches, "stream": stream}
 
-    def stream_state(self, step: int) -> Mapping[str, Any] | None:
-        """For a checkpoint of so many completed steps; None where no stream is read."""
-        return self._saved_stream if self._stream is None else self._stream.state(step)
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what ``state`` gave, among other things, for the step that comes now."""
+        self._stream, self._saved_stream = None, saved.get("stream")
+        then = saved.get("micro_batches")
+        if then not in (None, self.micro_batches) and dist.get_rank() == 0:
+            log.warning(
+                "elasticd: steps had %d micro-batches so far, and %d from here on: the batch is another, and the curve",
+                then,
+                self.micro_batches,
+            )
 
     def close(self) -> None:
         """Workers that load ahead end."""
@@ -106,20 +122,22 @@ class PlannedSteps:
         gradients, owned, todo = self._known_gradients(), self._owned, self._todo
         loader = self._loader_of(source, step, cursor)
         loader.begin(step, todo)
+        self._losses.begin()
         gradients.clear(unequal=self._unequal)
-        for number, micro_batch in enumerate(todo, start=1):
-            last = number == len(todo)
-            self._clock.begin()
-            batch = to_device(loader.take((step, micro_batch)), self._device)
+        self._clock.begin(len(todo))
+        for micro_batch in todo:
+            last = micro_batch == todo[-1]
+            if last:
+                self._clock.begin_last()
+            batch = loader.take((step, micro_batch))
+            if self._device.type != "cpu":
+                batch = to_device(batch, self._device)
             self._seed_for(step, micro_batch)
             gradients.before(last=last)
-            begun.open(micro_batch, self._ids_of((step, micro_batch)), counts=bool(owned))
+            begun.open(micro_batch, self._ids_of((step, micro_batch)), counts=bool(owned), last=last)
             yield batch
             begun.check_closed()
-            if last and number == 1:
-                self._clock.end_only()
-            else:
-                self._clock.end(waited=last and not self._work.exact)
+        self._clock.end(waited=not self._work.exact)
         gradients.finish()
         begun.done = True
 
@@ -128,8 +146,10 @@ class PlannedSteps:
         gradients, owned, todo = self._known_gradients(), self._owned, self._todo
         loader = self._loader_of(source, step, cursor)
         loader.begin(step, todo)
+        self._losses.begin()
         gradients.clear(unequal=self._unequal)
-        self._clock.begin()
+        self._clock.begin(len(todo))
+        self._clock.begin_last()
         reads = pipeline.needs_data or self._stream is not None  # a stream goes on for whoever reads it
         keys = [(step, micro_batch) for micro_batch in todo] if reads else []
         batches = [to_device(loader.take(key), self._device) for key in keys]
@@ -139,7 +159,7 @@ class PlannedSteps:
             scale=gradients.scale if owned else 0.0,
             on_forward=lambda place: self._seed_for(step, todo[place], pipeline.stage),
         )
-        self._clock.end_only(len(todo))
+        self._clock.end_together()
         gradients.finish()
         for micro_batch in owned:
             begun.sample_ids += self._ids_of((step, micro_batch))
@@ -161,15 +181,13 @@ class PlannedSteps:
     def _unequal(self) -> bool:
         return len(set(self.shares)) > 1
 
+    def complete_losses(self, losses: Mapping[int, torch.Tensor]) -> None:
+        """Those of this rank are all known; its last backward pass is to come."""
+        self._losses.complete_here(losses if self._arranged.leads else {})
+
     def mean(self, losses: Mapping[int, torch.Tensor]) -> float:
-        """Collective: over the losses of all micro-batches, added up in their order on every world."""
-        every = torch.zeros(self.micro_batches, dtype=torch.float64)
-        for micro_batch, loss in losses.items() if self._arranged.leads else ():
-            every[micro_batch] = float(loss)
-        if self._group is not None:
-            dist.all_reduce(every, group=self._group)
-        total: float = sum(every.tolist())
-        return total / self.micro_batches
+        """Collective: over the losses of all micro-batches of all replicas."""
+        return self._losses.mean(losses if self._arranged.leads else {})
 
     def _known_gradients(self) -> Gradients:
         if self._gradients is None:
@@ -178,16 +196,33 @@ class PlannedSteps:
             )
         return self._gradients
 
-    def _loader_of(self, source: Source, step: int, cursor: Cursor) -> DirectLoader | PrefetchingLoader | Stream:
+    def _loader_of(self, source: Source, step: int, cursor: Cursor) -> Loader | Stream:
         """The one that is in use, as long as the data set is the same and the cursor where it was expected."""
+        if not self._agreed:
+            self._agree_on_length(source.length)
         if source.length is None or self._stream is not None:
             return self._stream_of(source, step)
         known = self._source is not None and self._source.is_like(source)
-        if self._loader is None or not known or self._cursor_at(step) != cursor:
-            self._source, self._anchor = source, (step, cursor)
-            self._last_ids = (-1, -1), []
-            self._loader = make_loader(source, self._ids_of)
+        if self._loader is None or self._order is None or not known or self._order.cursor_at(step) != cursor:
+            self._source = source
+            of_a_step = {"micro_batches": self.micro_batches, "size": source.size, "length": source.length}
+            self._order = SampleOrder(step, cursor, **of_a_step, seed=self._seed or 0)
+            self._loader = make_loader(source, self._order.ids_of)
+        self._order.begin(step, self._todo)
         return self._loader
+
+    def _agree_on_length(self, length: int | None) -> None:
+        """Collective, once: who is used to divide the data among ranks will have done so before."""
+        if self._group is not None:
+            said = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+            said[dist.get_rank()] = -1 if length is None else length
+            dist.all_reduce(said, group=self._group)
+            if len(set(lengths := said.tolist())) > 1:
+                raise ConfigError(
+                    f"the ranks' data sets have {lengths} samples (-1: a stream): give each rank the whole data set, "
+                    "without a DistributedSampler or a part of its own; the step divides it"
+                )
+        self._agreed = True
 
     def _stream_of(self, source: Source, step: int) -> Stream:
         if self._stream is None:
@@ -196,24 +231,10 @@ class PlannedSteps:
             raise ValueError("give step.micro_batches the same stream in each step: another would begin at its start")
         return self._stream
 
-    def _cursor_at(self, step: int) -> Cursor:
-        assert self._source is not None
-        assert self._source.length is not None
-        first, cursor = self._anchor
-        samples = (step - first) * self.micro_batches * self._source.size
-        return cursor.advanced(samples, self._source.length)
-
     def _ids_of(self, key: Key) -> list[int]:
-        if self._stream is not None:
-            return self._stream.ids_of(key)
-        assert self._source is not None
-        step, micro_batch = key
-        if self._last_ids[0] != key:  # asked for twice in a row: to load them, and to record them
-            where = positions(micro_batch, self._source.size)
-            length, seed = self._source.length, self._seed or 0
-            assert length is not None
-            self._last_ids = key, sample_ids(self._cursor_at(step), where, size=length, seed=seed)
-        return self._last_ids[1]
+        order = self._stream or self._order
+        assert order is not None
+        return order.ids_of(key)
 
     def _seed_for(self, step: int, micro_batch: int, stage: int = 0) -> None:
         """Stages of a pipeline must not draw the same. torch.manual_seed would take 0.1 ms, for devices not in use."""
@@ -231,20 +252,23 @@ class StepWork:
     def __init__(self, planned: PlannedSteps) -> None:
         self._planned = planned
         self._open: int | None = None
-        self._counts = True
+        self._counts, self._last = True, False
         self.done = False
         self.sample_ids: list[int] = []
         self._losses: dict[int, torch.Tensor] = {}
 
-    def open(self, micro_batch: int, ids: list[int], *, counts: bool) -> None:
-        self._open, self._counts = micro_batch, counts
+    def open(self, micro_batch: int, ids: list[int], *, counts: bool, last: bool) -> None:
+        """``last``: of this rank's in the step."""
+        self._open, self._counts, self._last = micro_batch, counts, last
         if counts:
             self.sample_ids += ids
 
     def backward(self, loss: torch.Tensor) -> None:
-        """RuntimeError outside of the loop, or a second time; ValueError when the loss is not one number."""
+        """RuntimeError outside of the loop, or a second time; ValueError for what is no loss of the model."""
         if self._open is None:
             raise RuntimeError("call step.backward(loss) once for each micro-batch, in the loop over them")
+        if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            raise ValueError("a loss that no parameter has part in: give step.backward what the model made, undetached")
         if loss.numel() != 1:
             raise ValueError(f"a loss of shape {tuple(loss.shape)}: give step.backward the mean over the micro-batch")
         if isinstance(loss, DTensor):
@@ -252,6 +276,8 @@ class StepWork:
         if self._counts:
             self._losses[self._open] = loss.detach()
         self._open = None
+        if self._last:
+            self._planned.complete_losses(self._losses)
         self._planned.backward(loss, counts=self._counts)
 
     def take_losses(self, losses: Mapping[int, torch.Tensor]) -> None:

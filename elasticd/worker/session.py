@@ -55,7 +55,7 @@ from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
 from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed, StateLost
 from elasticd.torch_defects import keep_destroyed_groups
-from elasticd.worker.clock import reached_last
+from elasticd.worker.compress import Compression, check_compression, compress_gradients
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
 from elasticd.worker.fence import RoundFence
@@ -66,7 +66,15 @@ from elasticd.worker.planned import PlannedSteps
 from elasticd.worker.progress import Progress, choose_display
 from elasticd.worker.shares import Balance, as_told, make_work
 from elasticd.worker.speeds import BusySteps, SpeedReports
-from elasticd.worker.state import Registered, Stateful, apply_random, capture_random, derive_seed, seed_random
+from elasticd.worker.state import (
+    Registered,
+    Stateful,
+    apply_random,
+    capture_random,
+    check_fit,
+    derive_seed,
+    seed_random,
+)
 from elasticd.worker.step import Step
 from elasticd.worker.waiting import GradientWait
 from elasticd.worker.world import Place, choose_device, join_world, make_side_group
@@ -103,6 +111,9 @@ class Session:
     ``layout``: how ranks share one model (tensor parallel, pipeline stages, HSDP), where each does not compute samples
     of its own (worker/layout.py). "Rank" above is then a replica; ``max_micro_batches`` is the least of its ranks'.
 
+    ``compress``: "bf16" or "fp16": gradients are averaged over ranks in that type, in half of the bytes; for DDP
+    (worker/compress.py).
+
     ConfigError when the directory is not writable, the environment is not whole, or the world cannot hold the layout.
     """
 
@@ -121,10 +132,15 @@ class Session:
         balance: Balance = "auto",
         exact: bool = False,
         layout: Layout | None = None,
+        compress: Compression | None = None,
     ) -> None:
         _show_operator_errors_as_one_line()
-        if min(save_every_steps, memory_every_steps) < 0 or (isinstance(keep, int) and keep < 1):
-            raise ConfigError("save_every_steps and memory_every_steps must not be negative, and keep at least 1")
+        if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
+            raise ConfigError("save_every_steps must not be negative, and keep must be at least 1")
+        if memory_every_steps < 0:
+            raise ConfigError("memory_every_steps must not be negative")
+        if seed is not None and type(seed) is not int:
+            raise ConfigError(f"seed is {seed!r}: say a whole number")
         work = make_work(micro_batches, at_most=max_micro_batches, balance=balance, exact=exact)
         self._place = Place.from_environment()
         self.device = choose_device(self._place, device)
@@ -134,6 +150,8 @@ class Session:
         self._made_world = join_world(self._place, self.device)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._control = Control()
+        check_compression(compress, exact=exact, group=self._control.group)
+        self._compress = compress
         self.arranged = arrange(layout, self._place, self._control.group)
         self._mesh = self.arranged.make_mesh(self.device) if layout is not None else None
         self._save_every_steps, self._seed = save_every_steps, seed or 0
@@ -153,7 +171,7 @@ class Session:
         self._registered: Registered | None = None
         self._waiting = GradientWait()
         self._busy, self._speeds = BusySteps(self.device), SpeedReports()
-        self._restored = self._in_step = False
+        self._restored = self._in_step = self._closed = False
         self._completed = 0
         self._until: int | None = None
         self._progress: Progress | None = None
@@ -193,6 +211,7 @@ class Session:
 
     @property
     def local_rank(self) -> int:
+        """Of this process among those of its node, from 0: the GPU that it has, unless ``device`` says another."""
         return self._place.local_rank
 
     @property
@@ -202,6 +221,7 @@ class Session:
 
     @property
     def seed(self) -> int:
+        """What the session was given; 0 without one, for the order of samples alone."""
         return self._seed
 
     @property
@@ -229,20 +249,24 @@ class Session:
         """Name what a checkpoint must hold. Once, before ``restore``; wrap the model (DDP, FSDP2) first.
 
         ``extra``: whatever else has ``state_dict`` and ``load_state_dict``, by name: a scheduler, for one.
+
+        RuntimeError a second time, or too late; ValueError when the optimizer's parameters are not the model's;
+        ConfigError when gradients could not be averaged as asked for.
         """
         if self._registered is not None or self._restored:
             raise RuntimeError("call session.register() once, with everything, before session.restore()")
         if optimizer is not None and model is None:
             raise ValueError("an optimizer is saved by the names of its model's parameters: register the model too")
+        check_fit(model, optimizer)
         self._registered = Registered(model=model, optimizer=optimizer, extra=dict(extra or {}))
         if self.arranged.layout.pipeline > 1:
             self._registered.unite = self._unite_stages
         if model is not None and optimizer is not None and self.device.type == "cpu":
-            # A hook costs microseconds for each parameter and micro-batch: of many passes a step, one hook is enough.
-            watched = model.parameters() if self.planned is None else reached_last(model)
-            self._waiting.attach(watched, optimizer)
+            self._waiting.attach(model.parameters() if self.planned is None else (), optimizer)
+        if model is not None and self._compress is not None:
+            compress_gradients(self._registered, self._compress, world_size=self.world_size)
         if model is not None and self.planned is not None:
-            self.planned.use(self._registered)
+            self.planned.use(self._registered, on_gradients=self._waiting.gradients_came)
 
     def restore(self, *, start_from: str | os.PathLike[str] | None = None) -> int:
         """Collective. Take up the newest checkpoint that verifies; the number of completed steps (0: a fresh start).
@@ -344,6 +368,8 @@ class Session:
         they are unequal: as a bar in a terminal, as a line every ``every_s`` seconds otherwise. ``file``: where, by
         default standard error. That it cannot be written to is no error.
         """
+        if not isinstance(steps, Iterator):
+            raise TypeError("write 'for step in session.progress(session.steps(...))'")
         if self.rank != 0:
             return steps
         self._progress = Progress(choose_display(file, every_s), self._standing)
@@ -382,6 +408,7 @@ class Session:
         self._close(None)
 
     def _close(self, wait_s: float | None) -> None:
+        self._closed = True
         if self._progress is not None:  # before a traceback is printed, if there is one
             self._progress.close()
         if self.planned is not None:
@@ -413,6 +440,8 @@ class Session:
     # What Step needs of its session.
 
     def begin(self) -> None:
+        if self._in_step or self._closed:
+            raise RuntimeError("the session is closed" if self._closed else "a step is under way: end its block first")
         if self._link is not None and self._link.refusal:
             raise Fenced(f"checkpoint refused: {self._link.refusal}")
         if self._saver is not None:
@@ -492,8 +521,8 @@ class Session:
     def _own_state(self, *, random_of: int | None) -> dict[str, Any]:
         cursor = {"epoch": self.cursor.epoch, "index": self.cursor.index}
         data = {"cursor": cursor, "seed": self._seed, "dataset_size": self.dataset_size}
-        stream = self.planned.stream_state(self._completed) if self.planned is not None else None
-        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, "stream": stream, **data})}
+        planned = {} if self.planned is None else self.planned.state(self._completed)
+        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, **data, **planned})}
         if random_of is not None:
             state["random"] = {str(random_of): capture_random(self.device)}
         return state
@@ -530,7 +559,7 @@ class Session:
         self._completed = self._saved_step = step
         self.cursor, self.dataset_size = Cursor(**own["cursor"]), own["dataset_size"]
         if self.planned is not None:
-            self.planned.resume_stream(own.get("stream"))
+            self.planned.resume(own)
         if "random" in state:
             apply_random(state["random"][str(self._random_of)], self.device)
         else:

@@ -43,6 +43,9 @@ class Work:
     exact: bool = False
 
     def __post_init__(self) -> None:
+        for name, number in (("micro_batches", self.micro_batches), ("max_micro_batches", self.at_most)):
+            if number is not None and type(number) is not int:
+                raise ConfigError(f"{name} is {number!r}: say a whole number")
         if self.micro_batches < 1 or (self.at_most is not None and self.at_most < 0):
             raise ConfigError("micro_batches must be at least 1, and max_micro_batches must not be negative")
         if not isinstance(self.balance, tuple):

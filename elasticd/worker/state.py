@@ -99,6 +99,20 @@ class Registered:
             thing.load_state_dict(state["extra"][name])
 
 
+def check_fit(model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
+    """ValueError when the optimizer's state could not be saved under the names of the model's parameters."""
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise ValueError(f"the model is a {type(model).__name__}, and not a torch.nn.Module")
+    if model is None or optimizer is None:
+        return
+    known = {id(parameter) for parameter in model.parameters()}
+    if any(id(each) not in known for group in optimizer.param_groups for each in group["params"]):
+        raise ValueError(
+            "the optimizer holds parameters that are not the model's: wrap the model first, then make the optimizer "
+            "from model.parameters()"
+        )
+
+
 def capture_random(device: torch.device) -> str:
     """The random states of this process, as text: torch, Python, and CUDA and NumPy where they are in use."""
     states: dict[str, Any] = {"torch": _pack(torch.get_rng_state()), "python": random.getstate()}

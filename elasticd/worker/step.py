@@ -149,20 +149,36 @@ class Step:
             raise ConfigError("say how many micro-batches a step has, for the whole job: Session(micro_batches=...)")
         if self._work is not None or not self.entered:
             raise RuntimeError("loop over step.micro_batches() once in each step, inside 'with step:'")
-        if source.size < 1 or source.workers < 0 or source.prefetch < 1:
+        if self.batch_size:
+            raise RuntimeError("take a step's samples from step.micro_batches() or step.batch_indices(), not from both")
+        numbers = (source.size, source.workers, source.prefetch)
+        if (
+            any(type(number) is not int for number in numbers)
+            or source.size < 1
+            or source.workers < 0
+            or numbers[2] < 1
+        ):
             raise ValueError("a micro-batch has at least 1 sample, workers are not negative, and prefetch at least 1")
-        self.batch_size = planned.micro_batches * source.size
+        batch_size = planned.micro_batches * source.size
         if source.length is not None:
-            self._advance(source.length, self.batch_size)
+            self._advance(source.length, batch_size, f"{planned.micro_batches} micro-batches of {source.size}: ")
+        self.batch_size = batch_size
         self._work = StepWork(planned)
         return planned, self._work
 
     def backward(self, loss: torch.Tensor) -> None:
-        """The backward pass of one micro-batch, from the mean loss over its samples, weighted for the step's mean."""
+        """The backward pass of one micro-batch, from the mean loss over its samples, weighted for the step's mean.
+
+        ``loss``: one number, with its graph. RuntimeError outside of the loop or a second time, ValueError for another
+        loss.
+        """
         self._begun_work().backward(loss)
 
     def mean_loss(self) -> float:
-        """Collective, after the loop: the mean over all micro-batches of all ranks, the same number on each of them."""
+        """Collective, after the loop: the mean over all micro-batches of all ranks, the same number on each of them.
+
+        RuntimeError before the loop has ended.
+        """
         return self._begun_work().mean_loss()
 
     @property
@@ -182,7 +198,10 @@ class Step:
         by (seed, epoch). Calling it again in the same step gives the same ids. ValueError when a batch does not fit, or
         when the data set has changed its size in the middle of an epoch: samples would be skipped or repeated.
         """
+        if self._work is not None:
+            raise RuntimeError("take a step's samples from step.micro_batches() or step.batch_indices(), not from both")
         self._advance(dataset_size, global_batch)
+        self.batch_size = global_batch
         arranged = self._host.arranged
         positions = shard(global_batch, arranged.replica, arranged.replicas)
         self._loss_scale = len(positions) * arranged.replicas / global_batch
@@ -193,10 +212,12 @@ class Step:
         """All ranks of a replica have the same samples: one of them counts them."""
         return len(samples) if self._host.arranged.leads else 0
 
-    def _advance(self, dataset_size: int, global_batch: int) -> None:
+    def _advance(self, dataset_size: int, global_batch: int, what: str = "") -> None:
         """The step's samples are the next ``global_batch`` of so many."""
         if not 0 < global_batch <= dataset_size:
-            raise ValueError(f"a global batch of {global_batch} does not fit a data set of {dataset_size} samples")
+            raise ValueError(
+                f"{what}a global batch of {global_batch} does not fit a data set of {dataset_size} samples"
+            )
         cursor, known = self._host.cursor, self._host.dataset_size
         if cursor.index and dataset_size != known:
             raise ValueError(f"the data set has {dataset_size} samples, but had {known} when this epoch began")
@@ -214,7 +235,11 @@ class Step:
         return self._loss_scale
 
     def report(self, *, loss: float | torch.Tensor | None = None, samples: int | None = None, **metrics: float) -> None:
-        """Figures of this step for the daemon's metrics. ``samples``: those of this rank, known from batch_indices."""
+        """Figures of this step, for the daemon's metrics and ``session.progress``: each one number, or a tensor of one.
+
+        ``samples``: those of this rank, where neither micro_batches nor batch_indices has said it. ValueError for what
+        is no number.
+        """
         if loss is not None:
             self.metrics["loss"] = float(loss)
         if samples is not None:

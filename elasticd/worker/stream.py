@@ -33,7 +33,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from elasticd.errors import ConfigError
-from elasticd.worker.loading import Key, Source
+from elasticd.worker.loading import Source
+from elasticd.worker.order import Key
 
 log = logging.getLogger(__name__)
 
@@ -160,10 +161,11 @@ def length_of(dataset: Any) -> int | None:
     """None for a stream. ValueError when it is neither that nor a data set of known length."""
     if is_stream(dataset):
         return None
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    by_index = hasattr(dataset, "__getitem__") and not isinstance(dataset, Mapping)
+    if by_index and hasattr(dataset, "__len__"):
         return len(dataset)
     kind = type(dataset).__name__
-    raise ValueError(f"a {kind} is no data set: it needs __len__ and __getitem__, or __iter__ for one that is a stream")
+    raise ValueError(f"{kind} is no data set: it needs __len__ and __getitem__(index), or __iter__ if it is a stream")
 
 
 class _Items(IterableDataset[Any]):

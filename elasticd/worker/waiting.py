@@ -16,13 +16,14 @@ import torch
 
 
 class GradientWait:
-    """Costs one small call for each parameter and backward pass."""
+    """``attach`` costs one small call for each parameter and backward pass."""
 
     def __init__(self) -> None:
         self._last_gradient_at = 0.0
         self._waited_s = 0.0
 
     def attach(self, parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """No parameters: who knows it better calls ``gradients_came`` when the last gradient of a step is there."""
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
@@ -32,6 +33,9 @@ class GradientWait:
         """Seconds waited since the last call."""
         waited_s, self._waited_s = self._waited_s, 0.0
         return waited_s
+
+    def gradients_came(self) -> None:
+        self._last_gradient_at = time.monotonic()
 
     def _on_gradient(self, _: torch.Tensor) -> None:
         self._last_gradient_at = time.monotonic()

@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.net, pytest.mark.timeout(180)]
 NODES = 4
 JOB = "slow"
 SCRIPT = str(Path(__file__).with_name("train.py"))
-AFTER_S = 2
+AFTER_S = 1
 POLICY = "[stragglers]\neviction_budget = 5\nquarantine_after = 2\nquarantine_s = 600\neviction_window_s = 1\n"
 
 
@@ -130,13 +130,13 @@ def submit(cluster: Cluster, job: str, **fields: object) -> Path:
     return ledger
 
 
-def exchanged(cluster: Cluster, node: str, since: float, job: str = JOB) -> Event:
+def exchanged(cluster: Cluster, node: str, since: float) -> Event:
     def found(history: list[Event]) -> Event | None:
-        events = events_of(history, "straggler_exchanged", job=job)
+        events = events_of(history, "straggler_exchanged", job=JOB)
         return next((e for e in events if e.t > since and e.details["straggler"] == node), None)
 
     cluster.wait_for(found, 40, f"{node} is exchanged")
-    cluster.wait_for(lambda _: node not in cluster.seated(job), 20, f"{node} has no seat")
+    cluster.wait_for(lambda _: node not in cluster.seated(JOB), 20, f"{node} has no seat")
     event = found(cluster.history())
     assert event is not None
     return event
@@ -151,11 +151,39 @@ def no_step_is_lost(trained: list[Trained]) -> None:
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_slow_node_is_exchanged_for_the_spare_and_the_second_time_quarantined(three: Cluster) -> None:
+def test_slow_and_sick_nodes_are_exchanged_for_a_spare_and_a_job_outlives_the_drain_of_its_last_node(
+    three: Cluster, gpus: FakeGpus | None
+) -> None:
+    """One job, which loses no step in all of it."""
     cluster = three
-    ledger = submit(cluster, JOB, nodes="2", spares=1, straggler_factor=1.6, straggler_after_s=AFTER_S)
+    ledger = submit(cluster, JOB, nodes="1:2", spares=1, straggler_factor=1.6, straggler_after_s=AFTER_S)
     cluster.wait_for(lambda _: len(cluster.seated(JOB)) == 2, 30, "a world of two")
     slow = cluster.seated(JOB)[1]
+    spare = exchange_slow_node_twice(cluster, slow)
+    assert_quarantined(cluster, slow)
+    assert "takes jobs again" in cluster.cli("undrain", slow).stdout
+    cluster.wait_until(lambda: part(cluster, slow) == JOB, 20, "it is a spare again")
+    if gpus is not None:
+        exchange_sick_node(cluster, gpus, spare)
+
+    for node in sorted(running(cluster)):  # up to the last one
+        assert cluster.cli("drain", node).returncode == 0
+    cluster.wait_for(lambda _: phase(cluster, JOB) == "waiting", 40, "the job waits")
+    cluster.wait_until(lambda: {part(cluster, node) for node in running(cluster)} == {""}, 20, "all have left")
+    at = time.monotonic()
+    for node in sorted(running(cluster)):
+        assert cluster.cli("undrain", node).returncode == 0
+    cluster.wait_step(at, world=2)
+    assert cluster.cli("cancel", JOB).returncode == 0
+    cluster.wait_until(lambda: {part(cluster, node) for node in running(cluster)} == {""}, 20, "all nodes are idle")
+    no_step_is_lost(read_trained(ledger))
+    history = cluster.history()
+    assert validators.validate(history) + validators.budget_charged(history, JOB, 0) == []
+    need(why_not_fake_gpus())
+
+
+def exchange_slow_node_twice(cluster: Cluster, slow: str) -> str:
+    """By its control group. Returns the node that takes its seat, both times."""
     (spare,) = running(cluster) - set(cluster.seated(JOB))
     fault = SlowNode(node=cluster.index_of(slow), fraction=0.25)
     fault.apply(cluster)
@@ -173,43 +201,22 @@ def test_a_slow_node_is_exchanged_for_the_spare_and_the_second_time_quarantined(
     second = exchanged(cluster, slow, first.t)
     assert (second.details["spare"], second.details["quarantine_s"]) == (spare, 600)
     fault.heal(cluster)
+    told = [event.details["straggler"] for event in events_of(cluster.history(), "straggler_exchanged", job=JOB)]
+    assert told == [slow, slow]
+    return spare
 
+
+def assert_quarantined(cluster: Cluster, node: str) -> None:
     (shown,) = json.loads(cluster.cli("status", "--json").stdout)["quarantines"]
-    assert (shown["node_id"], shown["grounds"], shown["offences"]) == (slow, "slow", 2)
-    assert f"{slow} is in quarantine until" in " ".join(cluster.cli("status").stdout.split())
-    cluster.wait_until(lambda: part(cluster, slow) == "", 20, "it has left the job")
-    assert "takes jobs again" in cluster.cli("undrain", slow).stdout
-    cluster.wait_until(lambda: part(cluster, slow) == JOB, 20, "it is a spare again")
-    cancel(cluster, JOB)
-    no_step_is_lost(read_trained(ledger))
-    history = cluster.history()
-    assert [e.details["straggler"] for e in events_of(history, "straggler_exchanged")] == [slow, slow]
-    assert validators.validate(history) + validators.budget_charged(history, JOB, 0) == []
+    assert (shown["node_id"], shown["grounds"], shown["offences"]) == (node, "slow", 2)
+    assert f"{node} is in quarantine until" in " ".join(cluster.cli("status").stdout.split())
+    cluster.wait_until(lambda: part(cluster, node) == "", 20, "it has left the job")
 
 
-def cancel(cluster: Cluster, job: str) -> None:
-    assert cluster.cli("cancel", job).returncode == 0
-    cluster.wait_until(lambda: {part(cluster, node) for node in running(cluster)} == {""}, 20, "all nodes are idle")
-
-
-def part(cluster: Cluster, node: str) -> str:
-    """The job that it is in."""
-    nodes = json.loads(cluster.cli("status", "--json").stdout)["nodes"]
-    return str(next(one for one in nodes if one["node"] == node)["job"])
-
-
-def test_a_node_with_a_sick_gpu_is_exchanged_at_once_and_a_job_outlives_the_drain_of_its_last_node(
-    three: Cluster, gpus: FakeGpus | None
-) -> None:
-    need(why_not_fake_gpus())
-    assert gpus is not None
-    cluster = three
-    ledger = submit(cluster, "gpu", nodes="1:2", spares=1)
-    cluster.wait_for(lambda _: len(cluster.seated("gpu")) == 2, 30, "a world of two")
-    cluster.wait_until(lambda: all(part(cluster, node) == "gpu" for node in running(cluster)), 20, "a spare")
-    sick = cluster.seated("gpu")[0]
+def exchange_sick_node(cluster: Cluster, gpus: FakeGpus, sick: str) -> None:
+    at = time.monotonic()
     gpus.set(0, sick, **HEALTHY, **{**ECC, "ecc_uncorrected": 1})
-    told = exchanged(cluster, sick, 0.0, job="gpu")
+    told = exchanged(cluster, sick, at)
     assert told.details["grounds"] == "gpu"
     assert "1 uncorrectable ECC errors" in told.details["reason"]
     assert told.details["quarantine_s"] == 600
@@ -217,19 +224,13 @@ def test_a_node_with_a_sick_gpu_is_exchanged_at_once_and_a_job_outlives_the_drai
     cluster.wait_until(lambda: part(cluster, sick) == "", 20, "it has left the job")
     gpus.set(0, sick, **HEALTHY, **ECC)  # the card was exchanged, and the driver loaded anew
     assert cluster.cli("undrain", sick).returncode == 0
-    cluster.wait_until(lambda: part(cluster, sick) == "gpu", 20, "it is a spare again")
+    cluster.wait_until(lambda: part(cluster, sick) == JOB, 20, "it is a spare again")
 
-    for node in sorted(running(cluster)):  # up to the last one
-        assert cluster.cli("drain", node).returncode == 0
-    cluster.wait_for(lambda _: phase(cluster, "gpu") == "waiting", 40, "the job waits")
-    cluster.wait_until(lambda: {part(cluster, node) for node in running(cluster)} == {""}, 20, "all have left")
-    at = time.monotonic()
-    for node in sorted(running(cluster)):
-        assert cluster.cli("undrain", node).returncode == 0
-    cluster.wait_step(at, world=2)
-    cancel(cluster, "gpu")
-    no_step_is_lost(read_trained(ledger))
-    assert validators.validate(cluster.history()) + validators.budget_charged(cluster.history(), "gpu", 0) == []
+
+def part(cluster: Cluster, node: str) -> str:
+    """The job that it is in."""
+    nodes = json.loads(cluster.cli("status", "--json").stdout)["nodes"]
+    return str(next(one for one in nodes if one["node"] == node)["job"])
 
 
 def test_a_spare_takes_a_lost_seat_at_once_and_below_the_minimum_the_job_waits(three: Cluster) -> None:

@@ -1,0 +1,171 @@
+"""Mistakes of people who write a training script: each is told in the error that they get, and none hangs or passes unseen."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from worker_runs import world
+
+from elasticd import Session
+from elasticd.errors import ConfigError
+from elasticd.worker.step import Step
+
+DATA = [torch.ones(1)] * 20
+pytestmark = pytest.mark.usefixtures("in_plain_python")
+
+
+class NoLength:
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.ones(1)
+
+
+def steps(session: Session, model: nn.Module, *, until: int = 1, data: Any = DATA, size: Any = 1, **how: Any) -> None:
+    """As it is meant."""
+    for step in session.steps(until=until):
+        with step:
+            for batch in step.micro_batches(data, size=size, **how):
+                step.backward(model(batch).mean())
+
+
+def trainee(session: Session) -> nn.Module:
+    model = nn.Linear(1, 1)
+    session.register(model=model)
+    session.restore()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"micro_batches": 0}, "micro_batches must be at least 1"),
+        ({"micro_batches": 2.5}, "micro_batches is 2.5: say a whole number"),
+        ({"micro_batches": "8"}, "micro_batches is '8': say a whole number"),
+        ({"micro_batches": 8, "max_micro_batches": 1.5}, "max_micro_batches is 1.5: say a whole number"),
+        ({"micro_batches": 8, "balance": True}, "balance is True: say 'auto', 'on', 'off'"),
+        ({"seed": 1.5}, "seed is 1.5: say a whole number"),
+        ({"seed": "x"}, "seed is 'x': say a whole number"),
+    ],
+)
+def test_of_the_session(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Session(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "message"),
+    [
+        (DATA, 0, "a micro-batch has at least 1 sample"),
+        (DATA, 2.0, "a micro-batch has at least 1 sample"),
+        (DATA, 6, "4 micro-batches of 6: a global batch of 24 does not fit a data set of 20 samples"),
+        ([], 1, "a global batch of 4 does not fit a data set of 0 samples"),
+        (NoLength(), 1, "NoLength is no data set: it needs __len__ and __getitem__(index)"),
+        (None, 1, "NoneType is no data set"),
+        ({"inputs": torch.ones(20, 1)}, 1, "dict is no data set"),
+    ],
+)
+def test_of_the_data(data: Any, size: Any, message: str) -> None:
+    with Session(micro_batches=4) as session, pytest.raises(ValueError, match=re.escape(message)):
+        steps(session, trainee(session), data=data, size=size)
+
+
+def indices_too(step: Step, batch: torch.Tensor, model: nn.Module) -> None:
+    step.batch_indices(dataset_size=20, global_batch=4)
+
+
+def nothing(step: Step, batch: torch.Tensor, model: nn.Module) -> None:
+    """As a loss.backward() of the script's own."""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda step, batch, model: step.backward(model(batch).repeat(2, 1)), "a loss of shape (2, 1): give"),
+        (lambda step, batch, model: step.backward(model(batch).mean().item()), "a loss that no parameter has part in"),
+        (
+            lambda step, batch, model: step.backward(model(batch).mean().detach()),
+            "a loss that no parameter has part in",
+        ),
+        (indices_too, "or step.batch_indices(), not from both"),
+        (nothing, "a micro-batch had no step.backward(loss)"),
+    ],
+)
+def test_in_the_loop(wrong: Any, message: str) -> None:
+    with Session(micro_batches=4) as session:
+        model = trainee(session)
+
+        def train(step: Step) -> None:
+            for batch in step.micro_batches(DATA, size=1):
+                wrong(step, batch, model)
+
+        with pytest.raises((ValueError, RuntimeError), match=re.escape(message)), next(session.steps()) as step:
+            train(step)
+
+
+def test_samples_from_both_sides() -> None:
+    with Session(micro_batches=4) as session:
+        trainee(session)
+        with next(session.steps()) as step:
+            step.batch_indices(dataset_size=20, global_batch=4)
+            with pytest.raises(RuntimeError, match="not from both"):
+                step.micro_batches(DATA, size=1)
+
+
+def test_a_loop_in_a_loop_and_a_session_that_is_closed() -> None:
+    with Session(micro_batches=4) as session:
+        model = trainee(session)
+        with next(session.steps()), pytest.raises(RuntimeError, match="a step is under way"):
+            steps(session, model)
+    with pytest.raises(RuntimeError, match="the session is closed"):
+        steps(session, model, until=9)
+
+
+def test_what_is_registered() -> None:
+    model = nn.Linear(1, 1)
+    with Session() as session:
+        with pytest.raises(ValueError, match=r"the model is a str, and not a torch.nn.Module"):
+            session.register(model="net")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="parameters that are not the model's: wrap the model first"):
+            session.register(model=model, optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()))
+        session.register(model=model, optimizer=torch.optim.SGD(model.parameters()))
+
+
+def test_progress_of_something_else() -> None:
+    with Session() as session, pytest.raises(TypeError, match=re.escape("session.progress(session.steps(...))")):
+        session.progress(10)  # type: ignore[arg-type]
+
+
+def test_another_data_set_after_a_restart_is_refused_and_another_number_of_micro_batches_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Session(micro_batches=4, checkpoint_dir=tmp_path) as session:
+        steps(session, trainee(session))
+    with Session(micro_batches=4, checkpoint_dir=tmp_path) as session:
+        model = trainee(session)
+        with pytest.raises(ValueError, match="the data set has 40 samples, but had 20 when this epoch began"):
+            steps(session, model, until=2, data=DATA + DATA)
+    assert "micro-batches so far" not in caplog.text
+    with Session(micro_batches=2, checkpoint_dir=tmp_path) as session:
+        steps(session, trainee(session), until=2)
+    assert "steps had 4 micro-batches so far, and 2 from here on" in caplog.text
+
+
+def divided_data() -> None:
+    """Run by a rank: it gives the step its own part of the data, as with a DistributedSampler."""
+    with Session(micro_batches=4) as session:
+        model = DistributedDataParallel(nn.Linear(1, 1))
+        session.register(model=model)
+        steps(session, model, data=DATA[: 10 + session.rank])
+
+
+def test_ranks_with_data_sets_of_their_own_end_with_one_line_each() -> None:
+    with world(2, divided_data) as ranks:
+        for rank in ranks:
+            assert rank.wait(30) == 1
+            assert "elasticd: error: the ranks' data sets have [10, 11] samples" in rank.output
+            assert "Traceback" not in rank.output
