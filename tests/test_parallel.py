@@ -58,7 +58,7 @@ def train_gpt(parallel: str, path: Path, caps: list[int], steps: int, directory:
 
 
 def curve(
-    path: Path, parallel: str, size: int, *, caps: list[int] | None = None, steps: int = 10, into: Path | None = None
+    path: Path, parallel: str, size: int, *, caps: list[int] | None = None, steps: int = 8, into: Path | None = None
 ) -> dict[int, float]:
     """The loss of each step in the ledger; it must show each sample of each step once."""
     run_world(size, train_gpt, parallel, path, caps or [], steps, into, LOCAL_WORLD_SIZE="2")
@@ -83,7 +83,7 @@ def expected(steps: int) -> list[int]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     losses = curve(tmp_path_factory.mktemp("alone") / "ledger", "ddp", 1)
-    assert losses[10] < losses[1]
+    assert losses[8] < losses[1]
     return losses
 
 
@@ -102,7 +102,7 @@ def test_the_curve_and_the_samples_are_those_of_one_process(
 
 def test_a_checkpoint_goes_on_under_any_other_layout(tmp_path: Path, alone: dict[int, float]) -> None:
     """With the optimizer's state: a pipeline's stages have a part of it each."""
-    chain = (("pp", 4), ("tp-ddp", 4), ("pp", 2), ("ddp", 1))
+    chain = (("tp-ddp", 4), ("pp", 4), ("ddp", 1), ("pp", 2))
     for number, (parallel, size) in enumerate(chain, start=1):
         losses = curve(tmp_path / "ledger", parallel, size, steps=2 * number - 1, into=tmp_path / "checkpoints")
     for step, loss in losses.items():

@@ -48,6 +48,7 @@ class Registered:
     #: Collective: of the names in each of the optimizer's groups, where this rank has only a stage of the model, those
     #: on all stages.
     unite: Callable[[list[list[str]]], list[list[str]]] | None = None
+    _united: tuple[list[list[str]], list[list[str]]] = field(default=([], []), repr=False)
 
     def capture(self) -> dict[str, Any]:
         """The live state, not a copy: filling its tensors in place fills the model."""
@@ -63,9 +64,13 @@ class Registered:
 
     def _unite_groups(self, groups: list[dict[str, Any]]) -> None:
         """A checkpoint holds one list of groups, whichever rank writes it: so they must be those of the whole model."""
-        if self.unite is not None:
-            for group, names in zip(groups, self.unite([group["params"] for group in groups]), strict=True):
-                group["params"] = names
+        if self.unite is None:
+            return
+        own = [group["params"] for group in groups]
+        if own != self._united[0]:  # seldom: it is the same for as long as the script adds no group, on all stages
+            self._united = own, self.unite(own)
+        for group, names in zip(groups, self._united[1], strict=True):
+            group["params"] = names
 
     def only(self, parts: set[str]) -> Registered:
         """Without the optimizer and the extras that are not among these parts of a state. The model stays."""
