@@ -6,6 +6,7 @@ What is checked is what the stream gave, said by the samples themselves, and not
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -178,6 +179,9 @@ def test_what_is_a_stream(dataset: Any, streams: bool) -> None:
 def train(path: Path, checkpoints: Path, caps: list[int], until: int, workers: int, length: int) -> None:
     """Run by a rank: what its micro-batches held, in a line for each completed step. The stream is the same on all."""
     rank = int(os.environ.get("RANK", "0"))
+    # As in an interpreter of its own. Workers of a fork server would outlive a rank that is killed: torch's watchdog
+    # asks for their parent, which is that server.
+    multiprocessing.set_start_method("fork", force=True)
     with (
         Session(
             micro_batches=COUNT, max_micro_batches=caps[rank], seed=1, checkpoint_dir=checkpoints, save_every_steps=3
