@@ -36,7 +36,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -47,9 +46,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
 from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
-from elasticd.checkpoint.manifest import Manifest, complete_name
+from elasticd.checkpoint.manifest import Manifest
 from elasticd.checkpoint.memory import MemoryTier
 from elasticd.checkpoint.memory_save import Copied, MemoryCounts, Ranks
+from elasticd.checkpoint.objects import Location, locate
 from elasticd.checkpoint.restore import PassedOver, Restored, restore_newest
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
@@ -90,12 +90,13 @@ EXIT_PARKED = 75  # EX_TEMPFAIL
 class Session:
     """One training process's part in the job. Made by all ranks together (it makes process groups).
 
-    ``checkpoint_dir`` must be the same directory for all ranks (one host, or a shared file system); without it nothing
-    is saved. ``save_every_steps``: 0 saves only at stops and at the end. ``keep``: how many checkpoints stay, or more
-    finely which (``checkpoint.retention.Keep``). ``seed`` seeds the random states and the order of samples. ``device``
-    overrides the choice of the GPU of this local rank. ``save_timeout_s``: for how long a save waits for a rank that is
-    silent (one that died fails it at once). It must be longer than the slowest rank takes to write its part: a save
-    that times out ends the process. Saving keeps a copy of this rank's state in host memory.
+    ``checkpoint_dir`` must be the same directory for all ranks (one host, or a shared file system), or a URL for fsspec
+    ("s3://bucket/prefix"); without it nothing is saved. ``save_every_steps``: 0 saves only at stops and at the end.
+    ``keep``: how many checkpoints stay, or more finely which (``checkpoint.retention.Keep``). ``seed`` seeds the random
+    states and the order of samples. ``device`` overrides the choice of the GPU of this local rank. ``save_timeout_s``:
+    for how long a save waits for a rank that is silent (one that died fails it at once). It must be longer than the
+    slowest rank takes to write its part: a save that times out ends the process. Saving keeps a copy of this rank's
+    state in host memory.
 
     ``memory_every_steps``: of completed steps fewer than so many are lost when workers or a node die: the state is
     copied into memory that the daemon owns, and to a node in another failure domain, behind the steps (the copies are
@@ -144,7 +145,7 @@ class Session:
         work = make_work(micro_batches, at_most=max_micro_batches, balance=balance, exact=exact)
         self._place = Place.from_environment()
         self.device = choose_device(self._place, device)
-        self._directory = Path(checkpoint_dir).absolute() if checkpoint_dir is not None else None
+        self._directory = locate(checkpoint_dir) if checkpoint_dir is not None else None
         if self._directory is not None:
             storage.open_directory(self._directory)
         self._made_world = join_world(self._place, self.device)
@@ -313,7 +314,7 @@ class Session:
             return False
         registered.apply(restored.state)
         self._take_own_state(restored.state, restored.step)
-        if self._directory is None or not (self._directory / complete_name(restored.step)).exists():
+        if self._directory is None or not storage.of_step(self._directory, restored.step):
             self._saved_step = -1
         self._tell_restored(restored.source, restored.seconds, restored.size_bytes)
         if self.rank == 0:
@@ -325,7 +326,7 @@ class Session:
         found = self._restore_newest(registered)
         if found is None:
             if start_from is not None:
-                self._start_from(registered, Path(start_from))
+                self._start_from(registered, locate(start_from))
             return self._completed
         registered.apply(found.state)
         self._take_own_state(found.state, found.manifest.step)
@@ -542,7 +543,7 @@ class Session:
             if passed_over and self._link is not None:
                 self._link.post({"type": "passed_over", "count": len(passed_over)})
 
-    def _start_from(self, registered: Registered, path: Path) -> None:
+    def _start_from(self, registered: Registered, path: Location) -> None:
         parts = agree_on_foreign(path, self._control.group)
         wanted = registered.only(parts)  # to capture an optimizer's state may make one
         state = wanted.capture()
