@@ -13,13 +13,18 @@ import torch
 import torch.distributed as dist
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from fsspec.spec import AbstractBufferedFile
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from worker_runs import alone, run_world
 
 from elasticd import Session
 from elasticd.checkpoint import storage
+from elasticd.checkpoint.disk import new_file
+from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
 from elasticd.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME
+from elasticd.checkpoint.object_disk import ObjectDisk
 from elasticd.checkpoint.objects import ObjectPath, locate
 from elasticd.checkpoint.restore import PassedOver, Restored, restore_newest
 from elasticd.checkpoint.retention import Keep
@@ -357,6 +362,50 @@ def test_a_stale_listing_costs_a_step_at_most_and_never_a_checkpoint(bucket: Obj
     assert storage.verify(bucket / "step-2.r1").step == 2
 
 
+class _Uploading(AbstractBufferedFile):
+    """An object that is uploaded in parts, as s3fs and gcsfs do it."""
+
+    ended: list[bool]
+
+    def _upload_chunk(self, final: bool = False) -> bool:
+        self.ended.append(final)
+        return True
+
+    def _initiate_upload(self) -> None:
+        self.ended = []
+
+    def discard(self) -> None:
+        self.ended.append(False)
+
+
+def test_an_upload_that_is_given_up_is_never_completed(bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = _Uploading(bucket.fs, "/bucket/run/x", mode="wb", block_size=1000)
+    monkeypatch.setattr(Flaky, "_open", lambda *_, **__: file)
+
+    def fail() -> None:
+        with new_file(ObjectDisk(), bucket / "x") as sealed:
+            sealed.write(bytes(5000))
+            raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        fail()
+    ended = file.ended
+    file.close()  # as its __del__ does
+    assert ended
+    assert not any(ended)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_plain_dcp_put_there_is_taken_up(bucket: ObjectPath) -> None:
+    dcp_save({"model": state_of(6.0)["model"]}, storage_writer=FsspecWriter(str(bucket / "plain")), no_dist=True)
+    where, state = locate(f"{bucket}/plain"), {"model": state_of(0.0)["model"]}
+    assert agree_on_foreign(where, None) == {"model"}
+    load_foreign(state, where, {"model"})
+    assert torch.equal(state["model"]["weight"], torch.full((3000,), 6.0))
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        agree_on_foreign(bucket, None)
+
+
 # --- keeping house ---
 
 
@@ -417,6 +466,11 @@ def test_where_a_checkpoint_directory_is() -> None:
     assert (str(where), (where / "step-1.r2").name, (where / "x").parent) == ("memory://bucket/run", "step-1.r2", where)
 
 
+def test_a_url_that_was_made_a_path_is_told_of() -> None:
+    with pytest.raises(ConfigError, match="give it as a text"):
+        locate(Path("s3://bucket/run"))
+
+
 @pytest.mark.parametrize("url", ["nonsense://bucket/run", "dropbox://bucket/run", "memory://"])
 def test_a_store_that_cannot_be_had_is_one_clear_line(url: str) -> None:
     with pytest.raises(ConfigError, match=f"cannot keep checkpoints at {url}: ") as raised:
@@ -447,7 +501,7 @@ def trained(directory: str, until: int) -> list[torch.Tensor]:
                 for parameter in model.parameters():
                     dist.all_reduce(parameter.grad)
                 optimizer.step()
-        assert first in (0, until // 2)
+        assert first in (0, 2, until // 2)
     return [parameter.detach() for parameter in model.parameters()]
 
 
@@ -473,5 +527,7 @@ def test_two_ranks_save_and_one_goes_on(tmp_path: Path) -> None:
     where = locate(url)
     (newest_one, *_) = storage.complete(where)
     assert storage.verify(newest_one).world_size == 2
+    (where / newest_one.name / DATA).write_bytes(b"torn")  # both ranks take the one before
+    run_world(2, _train_on_two, url, 4)
     run_world(1, _train_on_two, url, 8)
     assert storage.complete_steps(where)[0] == 8

@@ -42,7 +42,8 @@ def open_prefix(directory: ObjectPath) -> None:
         probe.remove()
     except OSError as error:
         raise ConfigError(
-            f"cannot write checkpoints to {directory}: {error.strerror}; name a prefix that can be written"
+            f"cannot write checkpoints to {directory}: {error.__cause__ or error.strerror}; "
+            "name a bucket that is there, and a prefix that may be written"
         ) from error
 
 

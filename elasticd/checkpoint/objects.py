@@ -108,6 +108,8 @@ def locate(given: str | os.PathLike[str]) -> Location:
     ConfigError when fsspec or its backend for this protocol is not installed, or does not take the URL.
     """
     text = os.fspath(given)
+    if isinstance(given, Path) and given.parts and given.parts[0].endswith(":"):
+        raise ConfigError(f"{text} was a URL before it was made a Path: give it as a text")
     protocol, is_url, rest = text.partition("://")
     if not is_url or isinstance(given, Path):
         return Path(text).absolute()
