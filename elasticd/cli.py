@@ -120,7 +120,7 @@ def status(watch: bool, as_json: bool, endpoints: str, config: str) -> int:  # n
 
 @cli.group()
 def checkpoints() -> None:
-    """Look at, verify, pin, prune and export the checkpoints in a directory."""
+    """Look at, verify, pin, prune and export the checkpoints in a directory, or at a URL for fsspec."""
 
 
 def _directory(command: F) -> F:

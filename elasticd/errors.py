@@ -41,7 +41,10 @@ class StateLost(OperatorError):
 
 
 class StoreUnavailable(ElasticdError):
-    """etcd could not be reached, or gave no answer within the deadline. A transaction may or may not have happened."""
+    """etcd could not be reached, or gave no answer within the deadline. A transaction may or may not have happened.
+
+    Or the object store that holds checkpoints could not be read.
+    """
 
 
 class Compacted(ElasticdError):

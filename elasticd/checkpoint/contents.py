@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from elasticd.checkpoint.objects import Location
+from elasticd.checkpoint.reader import plain_reader
 from elasticd.errors import ConfigError
 
 MODEL_PREFIX = "model."
 
 
-def describe_tensors(checkpoint: Path) -> list[dict[str, Any]]:
+def describe_tensors(checkpoint: Location) -> list[dict[str, Any]]:
     """Name, dtype, shape and number of pieces of each, by name."""
-    found = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    found = plain_reader(checkpoint).read_metadata().state_dict_metadata
     return [
         {
             "name": name,
@@ -35,7 +36,7 @@ def describe_tensors(checkpoint: Path) -> list[dict[str, Any]]:
     ]
 
 
-def export_model(checkpoint: Path, target: Path) -> int:
+def export_model(checkpoint: Location, target: Path) -> int:
     """Write the model's tensors, whole, as safetensors with DCP's own storage; how many they are.
 
     They are held in memory together. ConfigError when the package is missing, or the checkpoint holds no model.
@@ -45,7 +46,7 @@ def export_model(checkpoint: Path, target: Path) -> int:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     except ImportError as error:
         raise ConfigError("export needs the package safetensors: pip install 'elasticd[export]'") from error
-    found = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    found = plain_reader(checkpoint).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(one.size, dtype=one.properties.dtype)
         for name, one in found.items()
@@ -55,7 +56,7 @@ def export_model(checkpoint: Path, target: Path) -> int:
         raise ConfigError(f"{checkpoint} holds no model: nothing is named {MODEL_PREFIX}*")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "torch.distributed is disabled": none is needed
-        dcp_load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+        dcp_load(state, storage_reader=plain_reader(checkpoint), no_dist=True)
         named = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in state.items()}
         writer = HuggingFaceStorageWriter(str(target))
         dcp_save(named, storage_writer=writer, no_dist=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from elasticd.checkpoint.blocks import Block, checked, decode_index
 from elasticd.checkpoint.manifest import FileEntry
+from elasticd.checkpoint.objects import Location, ObjectPath
 from elasticd.errors import CheckpointInvalid
 
 #: One that reads, one that checks, and two that make up for a disk that answers late.
@@ -29,14 +30,15 @@ class File:
     """An open data file, and its blocks."""
 
     entry: FileEntry
-    descriptor: int
+    #: Fills a view from an offset on as far as it comes; how many bytes it took, 0 at the end of the file.
+    read_at: Callable[[memoryview, int], int]
     blocks: Sequence[Block]
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill the view. CheckpointInvalid when the file ends before, or cannot be read."""
         try:
             while view:
-                taken = os.preadv(self.descriptor, [view], offset)
+                taken = self.read_at(view, offset)
                 if not taken:
                     raise CheckpointInvalid(f"{self.entry.name} is cut short")
                 view, offset = view[taken:], offset + taken
@@ -44,23 +46,27 @@ class File:
             raise CheckpointInvalid(f"{self.entry.name}: {error.strerror}") from error
 
 
-def open_file(directory: Path, entry: FileEntry, stack: ExitStack) -> File:
+def open_file(directory: Location, entry: FileEntry, stack: ExitStack) -> File:
     """Open a file until the stack ends, and read its index. CheckpointInvalid when it is not there, or not whole."""
-    try:
-        descriptor = os.open(directory / entry.name, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise CheckpointInvalid(f"{entry.name}: {error.strerror}") from error
-    stack.callback(os.close, descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    path = directory / entry.name
+    read_at = path.read_at if isinstance(path, ObjectPath) else _open(path, stack)
     index = bytearray(entry.index_bytes)
-    File(entry=entry, descriptor=descriptor, blocks=()).read_into(
-        memoryview(index), entry.size_bytes - entry.index_bytes
-    )
+    File(entry=entry, read_at=read_at, blocks=()).read_into(memoryview(index), entry.size_bytes - entry.index_bytes)
     checked(index, entry.index_crc32, f"the index of {entry.name}")
     blocks = decode_index(index)
     if sum(block.size_bytes for block in blocks) + entry.index_bytes != entry.size_bytes:
         raise CheckpointInvalid(f"the index of {entry.name} does not cover it")
-    return File(entry=entry, descriptor=descriptor, blocks=blocks)
+    return File(entry=entry, read_at=read_at, blocks=blocks)
+
+
+def _open(path: Path, stack: ExitStack) -> Callable[[memoryview, int], int]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointInvalid(f"{path.name}: {error.strerror}") from error
+    stack.callback(os.close, descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return lambda view, offset: os.preadv(descriptor, [view], offset)
 
 
 class Part:

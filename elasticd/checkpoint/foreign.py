@@ -6,32 +6,32 @@ The bytes are unpickled as they are: name only directories that you trust. Not h
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME
+from elasticd.checkpoint.objects import Location
+from elasticd.checkpoint.reader import plain_reader
 from elasticd.checkpoint.restore import load_into
 from elasticd.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-def agree_on_foreign(path: Path, group: dist.ProcessGroup | None) -> set[str]:
+def agree_on_foreign(path: Location, group: dist.ProcessGroup | None) -> set[str]:
     """Collective. The first parts of its names: "model", "optimizer", ...
 
     ConfigError on every rank when the ranks do not see the same checkpoint.
     """
     _agree(path, group)
-    names = FileSystemReader(path).read_metadata().state_dict_metadata
+    names = plain_reader(path).read_metadata().state_dict_metadata
     return {name.partition(".")[0] for name in names}
 
 
-def load_foreign(state: dict[str, Any], path: Path, parts: set[str]) -> None:
+def load_foreign(state: dict[str, Any], path: Location, parts: set[str]) -> None:
     """Fill ``state`` from a checkpoint with these parts. One without any of ours is taken for a model's state alone.
 
     ConfigError when it does not fit.
@@ -41,7 +41,7 @@ def load_foreign(state: dict[str, Any], path: Path, parts: set[str]) -> None:
     load_into(ours or state["model"], path)
 
 
-def _agree(path: Path, group: dist.ProcessGroup | None) -> None:
+def _agree(path: Location, group: dist.ProcessGroup | None) -> None:
     """All ranks see the same metadata, or all raise."""
     try:
         seal = storage.describe_file(path / METADATA_NAME).crc32

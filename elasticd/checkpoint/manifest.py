@@ -2,7 +2,8 @@
 
 A checkpoint is a directory ``step-<N>`` in torch.distributed.checkpoint's own format plus ``manifest.json``, which is
 written last: a directory without one that verifies is not a checkpoint. While it is being written its name is
-``step-<N>.r<round>.tmp``, so that two rounds never write into one directory.
+``step-<N>.r<round>.tmp``, so that two rounds never write into one directory. In an object store, where nothing can be
+renamed, it is ``step-<N>.r<round>`` for good (object_storage.py).
 
 Not here: reading and writing files (storage.py), choosing one to restore (restore.py).
 """
@@ -29,6 +30,7 @@ UNKNOWN_STEP = -1
 METADATA_NAME = ".metadata"
 
 _COMPLETE = re.compile(r"step-(\d+)")
+_OBJECTS = re.compile(r"step-(\d+)\.r(\d+)")
 _TEMPORARY = re.compile(r"step-(\d+)\.r(\d+)\.tmp")
 
 
@@ -123,3 +125,13 @@ def round_of_temporary(name: str) -> int | None:
     """The round that was writing a temporary directory; None for any other name."""
     found = _TEMPORARY.fullmatch(name)
     return int(found[2]) if found else None
+
+
+def object_name(step: int, round_number: int) -> str:
+    return f"step-{step}.r{round_number}"
+
+
+def step_and_round_of(name: str) -> tuple[int, int] | None:
+    """Of a checkpoint in an object store; None for any other name."""
+    found = _OBJECTS.fullmatch(name)
+    return (int(found[1]), int(found[2])) if found else None

@@ -17,7 +17,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,10 +33,10 @@ from elasticd.checkpoint.manifest import (
     FileEntry,
     Manifest,
     checksum,
-    complete_name,
 )
-from elasticd.checkpoint.reader import CheckedReader
-from elasticd.errors import CheckpointInvalid, ConfigError, StateLost
+from elasticd.checkpoint.objects import Location
+from elasticd.checkpoint.reader import CheckedReader, plain_reader
+from elasticd.errors import CheckpointInvalid, ConfigError, ElasticdError, StateLost, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class PassedOver:
 class Found:
     """A checkpoint whose manifest and metadata are right, and whose files are all there."""
 
-    path: Path
+    path: Location
     manifest: Manifest
 
 
@@ -64,7 +63,7 @@ class Found:
 class Restored:
     """The checkpoint that was taken, and the state that was filled from it."""
 
-    path: Path
+    path: Location
     manifest: Manifest
     state: dict[str, Any]
 
@@ -74,7 +73,7 @@ MakeState = Callable[[Manifest], dict[str, Any]]
 
 
 def restore_newest(
-    directory: Path,
+    directory: Location,
     group: dist.ProcessGroup | None,
     make_state: MakeState,
     passed_over: list[PassedOver] | None = None,
@@ -85,7 +84,9 @@ def restore_newest(
     ``passed_over``.
 
     ConfigError when the checkpoint holds another model or optimizer than the state asks for, or on a rank that sees
-    another directory than rank 0 does. StateLost when nothing could be restored and tensors were overwritten already.
+    another directory than rank 0 does. StoreUnavailable when an object store refuses to say: that a checkpoint cannot
+    be read now is no reason to take an older one. StateLost when nothing could be restored and tensors were overwritten
+    already.
     """
     trial = _Trial(group, make_state)
     if group is not None and dist.get_rank(group) != 0:
@@ -106,7 +107,7 @@ class _Trial:
         self._rank, self._size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self._filled = False
 
-    def load(self, found: Found | ConfigError) -> Restored | str:
+    def load(self, found: Found | ElasticdError) -> Restored | str:
         """Load this rank's part, or say why it cannot. What was loaded, or why the checkpoint is not taken.
 
         Collective, with the same end on all ranks, but for the words. What else goes wrong on one is raised by all.
@@ -120,8 +121,8 @@ class _Trial:
                 return Restored(path=found.path, manifest=found.manifest, state=state)
         return problem
 
-    def _check_before(self, found: Found | ConfigError) -> None:
-        if isinstance(found, ConfigError):
+    def _check_before(self, found: Found | ElasticdError) -> None:
+        if isinstance(found, ElasticdError):
             raise found
         if found.manifest.format < FORMAT_WITH_BLOCKS:
             # All ranks read all files first, each a part of them; by name, in turn: in a world of the same size each
@@ -175,28 +176,28 @@ class _Trial:
         return [None if one == self._size else int(one) for one in said.tolist()]
 
 
-def _propose(directory: Path, trial: _Trial, passed_over: list[PassedOver]) -> Restored | None:
+def _propose(directory: Location, trial: _Trial, passed_over: list[PassedOver]) -> Restored | None:
     """Rank 0's part."""
     for found in _candidates(directory, passed_over):
         step = found.manifest.step
-        _broadcast([step, checksum(found.manifest)], trial.group)
+        _broadcast([step, checksum(found.manifest), found.manifest.round_number], trial.group)
         end = trial.load(found)
         if isinstance(end, Restored):
             return end
         passed_over.append(PassedOver(step=step, reason=end))
-    _broadcast([_NONE, 0], trial.group)
+    _broadcast([_NONE, 0, 0], trial.group)
     trial.check_not_lost()
     return None
 
 
-def _follow(directory: Path, trial: _Trial) -> Restored | None:
+def _follow(directory: Location, trial: _Trial) -> Restored | None:
     """The other ranks' part."""
     while True:
-        step, seal = _broadcast([_NONE, 0], trial.group)
+        step, seal, round_number = _broadcast([_NONE, 0, 0], trial.group)
         if step == _NONE:
             trial.check_not_lost()
             return None
-        end = trial.load(_recognise(directory / complete_name(step), seal))
+        end = trial.load(_recognise(storage.final_path(directory, step, round_number), seal))
         if isinstance(end, Restored):
             return end
 
@@ -211,23 +212,23 @@ def _broadcast(numbers: list[int], group: dist.ProcessGroup | None) -> list[int]
     return heard
 
 
-def _candidates(directory: Path, passed_over: list[PassedOver]) -> Iterator[Found]:
+def _candidates(directory: Location, passed_over: list[PassedOver]) -> Iterator[Found]:
     """Those whose manifest, sizes and metadata are right, newest first; the others are noted as passed over.
 
     Late ones (lineage.py) come last.
     """
     manifests = []
-    for step in storage.complete_steps(directory):
+    for path in storage.complete(directory):
         try:
-            manifests.append(storage.read_manifest(directory / complete_name(step)))
+            manifests.append(storage.read_manifest(path))
         except CheckpointInvalid as error:
-            passed_over.append(PassedOver(step=step, reason=str(error)))
+            passed_over.append(PassedOver(step=storage.step_at(path), reason=str(error)))
     passed_over += [
         PassedOver(step=one.step, reason=f"round {one.round_number} was over when it was published")
         for one in late_ones(manifests)
     ]
     for manifest in in_order(manifests):
-        path = directory / complete_name(manifest.step)
+        path = storage.final_path(directory, manifest.step, manifest.round_number)
         try:
             _check_outline(path, manifest)
         except CheckpointInvalid as error:
@@ -244,17 +245,17 @@ def open_reader(found: Found, *, rank: int, size: int) -> FileSystemReader:
     """
     indexed = found.manifest.format >= FORMAT_WITH_BLOCKS
     if not indexed:
-        return FileSystemReader(found.path)
+        return plain_reader(found.path)
     return CheckedReader(found.path, found.manifest, rank=rank, size=size)
 
 
-def load_into(state: dict[str, Any], path: Path) -> None:
+def load_into(state: dict[str, Any], path: Location) -> None:
     """Fill ``state`` (tensors in place, the rest replaced) from a checkpoint that is trusted or has been verified.
 
     ConfigError when the checkpoint holds another model or optimizer than the state asks for, CheckpointInvalid when it
     could not be read after all.
     """
-    fill(state, FileSystemReader(path))
+    fill(state, plain_reader(path))
 
 
 def fill(state: dict[str, Any], reader: FileSystemReader) -> None:
@@ -265,14 +266,14 @@ def fill(state: dict[str, Any], reader: FileSystemReader) -> None:
             dcp_load(state, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, CheckpointInvalid):
+        if isinstance(cause, CheckpointInvalid | StoreUnavailable):
             raise cause from error
         if isinstance(cause, OSError):
             raise CheckpointInvalid(f"checkpoint {reader.path} could not be read: {cause}") from error
         raise ConfigError(f"checkpoint {reader.path} does not fit what was registered: {cause}") from error
 
 
-def _recognise(path: Path, seal: int) -> Found | ConfigError:
+def _recognise(path: Location, seal: int) -> Found | ElasticdError:
     """The checkpoint that rank 0 means, when what this rank sees of it fits."""
     try:
         manifest = storage.read_manifest(path)
@@ -281,10 +282,12 @@ def _recognise(path: Path, seal: int) -> Found | ConfigError:
         _check_outline(path, manifest)
     except CheckpointInvalid as error:
         return ConfigError(f"rank 0 found {path}, this rank does not ({error}): all ranks must see the same directory")
+    except StoreUnavailable as error:
+        return error
     return Found(path=path, manifest=manifest)
 
 
-def _check_outline(path: Path, manifest: Manifest) -> None:
+def _check_outline(path: Location, manifest: Manifest) -> None:
     """All sizes, and the contents of the small file that every rank unpickles."""
     storage.check_sizes(path, manifest)
     storage.check_contents(path, tuple(entry for entry in manifest.files if entry.name == METADATA_NAME))

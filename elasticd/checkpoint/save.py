@@ -7,6 +7,8 @@ rename itself, which ends before the newer round begins a save: that sweeps what
 a late checkpoint becomes visible, whose commit is refused. lineage.py tells it from those that count; it is restored
 only where there is nothing else, and the round that stands sets it aside when it saves.
 
+In an object store there is no rename: the manifest is put where the name would be given (object_storage.py).
+
 The checkpoint is published inside DCP's last collective, so that every rank learns from that one exchange whether the
 checkpoint stands, and why not. DCP's writer is not trusted with durability or with reporting its errors (TORCH.md,
 defects 5 to 8): one writer thread, every item accounted for, flushes and checksums of our own, never an existing
@@ -21,12 +23,10 @@ import contextlib
 import errno
 import io
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -48,7 +48,8 @@ from torch.utils.serialization import config as serialization
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.disk import DISK, Disk, SealedFile, new_file
 from elasticd.checkpoint.lineage import is_late
-from elasticd.checkpoint.manifest import UNKNOWN_STEP, FileEntry, Manifest, complete_name, temporary_name
+from elasticd.checkpoint.manifest import UNKNOWN_STEP, FileEntry, Manifest
+from elasticd.checkpoint.objects import Location
 from elasticd.checkpoint.retention import Keep
 from elasticd.errors import CheckpointInvalid, SaveFailed, StoreUnavailable
 
@@ -73,7 +74,7 @@ class Saved:
     """
 
     step: int
-    path: Path
+    path: Location
     seconds: float
     fresh: bool
     size_bytes: int
@@ -106,16 +107,17 @@ class Saver:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Location,
         *,
         group: dist.ProcessGroup | None,
         job_id: str,
         round_number: int,
         keep: Keep,
-        disk: Disk = DISK,
+        disk: Disk | None = None,
         fence: Fence | None = None,
     ) -> None:
-        self._directory, self._group, self._keep, self._disk, self._fence = directory, group, keep, disk, fence
+        self._directory, self._group, self._keep, self._fence = directory, group, keep, fence
+        self._disk = disk or storage.disk_of(directory)
         self._origin = Origin(job_id=job_id, round_number=round_number)
         # torch.distributed is not disabled in a world of one: the save just needs none. Not suppressed around the call,
         # which runs in a thread, and catch_warnings is for the whole process.
@@ -137,7 +139,7 @@ class Saver:
         (a rank died, or was silent for longer than the group's time-out) come through as torch raises them.
         """
         started = time.monotonic()
-        temporary = self._directory / temporary_name(step, self._origin.round_number)
+        temporary = storage.path_while_saved(self._directory, step, self._origin.round_number)
         writer = _Writer(
             temporary, step=step, origin=self._origin, disk=self._disk, problem=problem, confirm=self._fence_of(patient)
         )
@@ -155,11 +157,16 @@ class Saver:
             self._prune(step)
         return Saved(
             step=step,
-            path=self._directory / complete_name(step),
+            path=self._path_of(step, fresh=fresh),
             seconds=time.monotonic() - started,
             fresh=fresh,
             size_bytes=writer.size_bytes,
         )
+
+    def _path_of(self, step: int, *, fresh: bool) -> Location:
+        """Ours, or the one that was there already."""
+        there = [] if fresh else storage.of_step(self._directory, step)
+        return next(iter(there), storage.final_path(self._directory, step, self._origin.round_number))
 
     def _fence_of(self, patient: bool) -> Callable[[int], None] | None:  # noqa: FBT001
         fence = self._fence
@@ -171,12 +178,12 @@ class Saver:
             set_late_ones_aside(self._directory, newest, self._disk)
             number = self._origin.round_number
             storage.prune(self._directory, newest=newest, keep=self._keep, round_number=number, disk=self._disk)
-        except OSError as error:
+        except (OSError, StoreUnavailable) as error:
             log.warning("elasticd: old checkpoints were not removed: %s", error)
 
-    def _clear(self, writer: _Writer, temporary: Path) -> None:
+    def _clear(self, writer: _Writer, temporary: Location) -> None:
         if writer.is_coordinator:
-            self._disk.remove_tree(temporary)
+            storage.give_up(temporary, self._disk)
 
 
 class _Files(FileSystem):
@@ -187,15 +194,21 @@ class _Files(FileSystem):
         self.entries: list[FileEntry] = []
 
     @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
         assert mode == "wb", mode
-        with new_file(self._disk, Path(path), indexed=Path(path).suffix == DEFAULT_SUFFIX) as file:
+        with new_file(self._disk, path, indexed=path.name.endswith(DEFAULT_SUFFIX)) as file:
             yield file
         self.entries.append(file.entry)
 
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        self._disk.rename(Path(path), Path(new_path))
-        old, new = Path(path).name, Path(new_path).name
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    def exists(self, path: Any) -> bool:
+        return bool(path.exists())
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        self._disk.rename(path, new_path)
+        old, new = path.name, new_path.name
         self.entries = [replace(entry, name=new) if entry.name == old else entry for entry in self.entries]
 
 
@@ -236,7 +249,7 @@ class _Writer(FileSystemWriter):
 
     def __init__(
         self,
-        path: Path,
+        path: Location,
         *,
         step: int,
         origin: Origin,
@@ -244,7 +257,8 @@ class _Writer(FileSystemWriter):
         problem: Exception | None,
         confirm: Callable[[int], None] | None,
     ) -> None:
-        super().__init__(path, thread_count=1, sync_files=False, overwrite=False)
+        super().__init__(str(path), thread_count=1, sync_files=False, overwrite=False)
+        self.path: Any = path  # DCP reaches it through _Files alone
         self._files = _Files(disk)
         self.fs = self._files
         self.transforms = self._items = _Items()
@@ -266,7 +280,7 @@ class _Writer(FileSystemWriter):
         if self._problem is not None:
             raise self._problem
         if self.is_coordinator:
-            _make_way(self._temporary.parent / complete_name(self._step), self._origin, self._disk)
+            _make_way(self._temporary.parent, self._step, self._origin, self._disk)
             storage.begin(self._temporary.parent, self._step, self._origin.round_number, self._disk)
         return plan
 
@@ -299,19 +313,19 @@ class _Writer(FileSystemWriter):
             began_at_step=self._origin.began_at_step,
         )
         storage.seal(self._temporary, manifest, self._disk)
-        self._publish()
+        self._publish(manifest)
 
-    def _publish(self) -> None:
+    def _publish(self, manifest: Manifest) -> None:
         self._ask_fence()
         try:
-            storage.publish(self._temporary, self._step, self._disk)
+            storage.publish(self._temporary, manifest, self._disk)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
             # Somebody else has published this step since this save began: a late one is not in our way.
-            _make_way(self._temporary.parent / complete_name(self._step), self._origin, self._disk)
+            _make_way(self._temporary.parent, self._step, self._origin, self._disk)
             self._ask_fence()
-            storage.publish(self._temporary, self._step, self._disk)
+            storage.publish(self._temporary, manifest, self._disk)
 
     def _ask_fence(self) -> None:
         for _ in range(FENCE_QUESTIONS if self._confirm is not None else 0):
@@ -324,10 +338,13 @@ class _Writer(FileSystemWriter):
             raise StoreUnavailable(f"the store took longer than {FENCE_VALID_S:g} s to say whether the round stands")
 
 
-def _make_way(final: Path, origin: Origin, disk: Disk) -> None:
+def _make_way(directory: Location, step: int, origin: Origin, disk: Disk) -> None:
     """A step that is already there stays when it verifies; a damaged or late one gives up its name."""
-    if not final.exists():
-        return
+    for final in storage.of_step(directory, step):
+        _look_at(final, origin, disk)
+
+
+def _look_at(final: Location, origin: Origin, disk: Disk) -> None:
     try:
         found = storage.verify(final)
     except CheckpointInvalid:
@@ -337,11 +354,11 @@ def _make_way(final: Path, origin: Origin, disk: Disk) -> None:
     if is_late(found, ours):
         storage.set_aside(final, "late", disk)
         return
-    disk.sync_directory(final.parent)  # whoever gave it its name may have died before this
+    storage.confirm(final, disk)
     raise _AlreadyThereError(str(final))
 
 
-def set_late_ones_aside(directory: Path, step: int, disk: Disk = DISK) -> None:
+def set_late_ones_aside(directory: Location, step: int, disk: Disk = DISK) -> None:
     """Those that the checkpoint of this step shows to be late. OSError when the storage refuses."""
     found = storage.manifests(directory)
     for ours in [one for one in found if one.step == step]:
@@ -351,7 +368,7 @@ def set_late_ones_aside(directory: Path, step: int, disk: Disk = DISK) -> None:
                     "elasticd: the checkpoint of step %d was published by round %d when round %d stood: set aside",
                     *(one.step, one.round_number, ours.round_number),
                 )
-                storage.set_aside(directory / complete_name(one.step), "late", disk)
+                storage.set_aside(storage.final_path(directory, one.step, one.round_number), "late", disk)
 
 
 def _as_result(entry: FileEntry) -> WriteResult:

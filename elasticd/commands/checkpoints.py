@@ -1,4 +1,5 @@
-"""``elasticd checkpoints ls | verify | inspect | prune | pin | export``: a directory of checkpoints, without a cluster.
+"""``elasticd checkpoints ls | verify | inspect | prune | pin | export``: a directory of checkpoints or a URL of
+one, without a cluster.
 
 Verifying old checkpoints at a bounded rate is a command and not the daemon's: it needs nothing that the daemon knows, a
 shared file system should be read by one node and not by all, and a timer says when better than we could
@@ -11,7 +12,6 @@ of a later round, which sweeps it, and to a person. Only ``inspect`` and ``expor
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.manifest import METADATA_NAME, Manifest, complete_name
+from elasticd.checkpoint.manifest import METADATA_NAME, Manifest
+from elasticd.checkpoint.objects import Location, locate
 from elasticd.checkpoint.retention import Keep
 from elasticd.core.records import to_plain
 from elasticd.errors import CheckpointInvalid, ConfigError, OperatorError
@@ -34,7 +35,7 @@ NO_ROUND = 0
 
 def list_checkpoints(directory: str, *, as_json: bool) -> int:
     path = _existing(directory)
-    found = [describe(path, step) for step in storage.complete_steps(path)]
+    found = [describe(one) for one in storage.complete(path)]
     temporary = [one.name for one in storage.temporaries(path)]
     if as_json:
         _print_json({"directory": str(path), "checkpoints": found, "temporary": temporary})
@@ -48,10 +49,10 @@ def list_checkpoints(directory: str, *, as_json: bool) -> int:
     return 0
 
 
-def describe(directory: Path, step: int) -> dict[str, Any]:
+def describe(path: Location) -> dict[str, Any]:
     """What is known of a checkpoint without reading its data; ``problem`` is None when its files are all there."""
-    path = directory / complete_name(step)
-    plain: dict[str, Any] = {"step": step, "path": str(path), "pinned": storage.is_pinned(path), "problem": None}
+    step, pinned = storage.step_at(path), storage.is_pinned(path)
+    plain: dict[str, Any] = {"step": step, "path": str(path), "pinned": pinned, "problem": None}
     try:
         manifest = storage.read_manifest(path)
         plain |= _summary(manifest)
@@ -70,8 +71,8 @@ def verify_checkpoints(
     if metrics_file and steps:
         raise ConfigError("--metrics-file tells of a whole directory: name no steps with it")
     pace, results = storage.Pace(1e6 * rate_mb_s), []
-    for step in [_known(path, step) for step in steps] or storage.complete_steps(path):
-        if (result := _verify(path, step, pace)) is None:
+    for checkpoint in [_known(path, step) for step in steps] or storage.complete(path):
+        if (result := _verify(checkpoint, pace)) is None:
             continue
         results.append(result)
         if not as_json:
@@ -87,7 +88,7 @@ def verify_checkpoints(
 
 def inspect_checkpoint(directory: str, step: int, *, as_json: bool) -> int:
     path = _existing(directory)
-    checkpoint = path / complete_name(_known(path, step))
+    checkpoint = _known(path, step)
     manifest = _checked(lambda: storage.read_manifest(checkpoint), step)
     _checked(lambda: storage.check_contents(checkpoint, _metadata_of(manifest)), step)  # before it is unpickled
     from elasticd.checkpoint.contents import describe_tensors
@@ -111,7 +112,7 @@ def prune_checkpoints(directory: str, keep: Keep, *, temporary: bool, dry_run: b
     try:
         removed = storage.prune(path, newest=None, keep=keep, round_number=NO_ROUND, only_say=dry_run)
         for one in [] if dry_run else swept:
-            shutil.rmtree(one)
+            storage.remove_temporary(one)
     except OSError as error:
         raise OperatorError(f"a checkpoint in {path} could not be removed: {error.strerror}") from error
     if as_json:
@@ -128,7 +129,7 @@ def prune_checkpoints(directory: str, keep: Keep, *, temporary: bool, dry_run: b
 def pin_checkpoint(directory: str, step: int, *, pinned: bool) -> int:
     path = _existing(directory)
     try:
-        storage.pin(path / complete_name(_known(path, step)), pinned=pinned)
+        storage.pin(_known(path, step), pinned=pinned)
     except OSError as error:
         raise OperatorError(f"step {step} could not be pinned: {error.strerror}") from error
     click.echo(f"step {step} is {'pinned' if pinned else 'not pinned any more'}")
@@ -137,7 +138,7 @@ def pin_checkpoint(directory: str, step: int, *, pinned: bool) -> int:
 
 def export_checkpoint(directory: str, step: int, target: str) -> int:
     path = _existing(directory)
-    checkpoint, out = path / complete_name(_known(path, step)), Path(target)
+    checkpoint, out = _known(path, step), Path(target)
     if out.exists():
         raise ConfigError(f"{out} exists already: name a directory that does not")
     _checked(lambda: storage.verify(checkpoint), step)
@@ -148,18 +149,20 @@ def export_checkpoint(directory: str, step: int, target: str) -> int:
     return 0
 
 
-def _existing(directory: str) -> Path:
-    path = Path(directory).absolute()
-    if not path.is_dir():
+def _existing(directory: str) -> Location:
+    path = locate(directory)
+    if isinstance(path, Path) and not path.is_dir():
         raise ConfigError(f"there is no directory {path}")
     return path
 
 
-def _known(directory: Path, step: int) -> int:
-    if step not in (steps := storage.complete_steps(directory)):
+def _known(directory: Location, step: int) -> Location:
+    found = storage.of_step(directory, step)
+    if not found:
+        steps = storage.complete_steps(directory)
         there = f"; there are {', '.join(str(one) for one in steps[:10])}" if steps else ""
         raise ConfigError(f"no checkpoint of step {step} in {directory}{there}")
-    return step
+    return found[0]
 
 
 def _checked(check: Any, step: int) -> Any:
@@ -173,19 +176,20 @@ def _metadata_of(manifest: Manifest) -> tuple[Any, ...]:
     return tuple(entry for entry in manifest.files if entry.name == METADATA_NAME)
 
 
-def _verify(directory: Path, step: int, pace: storage.Pace) -> dict[str, Any] | None:
+def _verify(checkpoint: Location, pace: storage.Pace) -> dict[str, Any] | None:
     """None: it is gone."""
     started, problem, size_bytes = time.monotonic(), None, 0
     try:
-        size_bytes = storage.verify(directory / complete_name(step), pace).size_bytes
+        size_bytes = storage.verify(checkpoint, pace).size_bytes
     except CheckpointInvalid as error:
         problem = str(error)
-        if not (directory / complete_name(step)).exists():
+        if not storage.is_there(checkpoint):
             return None
+    step = storage.step_at(checkpoint)
     return {"step": step, "size_bytes": size_bytes, "seconds": time.monotonic() - started, "problem": problem}
 
 
-def _write_metrics(directory: Path, results: Sequence[Mapping[str, Any]], file: Path) -> None:
+def _write_metrics(directory: Location, results: Sequence[Mapping[str, Any]], file: Path) -> None:
     from elasticd.metrics.scrubbing import Scrubbed, write_metrics
 
     scrubbed = Scrubbed(

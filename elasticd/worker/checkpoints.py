@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -19,9 +18,10 @@ import torch.distributed as dist
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
 from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
-from elasticd.checkpoint.manifest import Manifest, complete_name
+from elasticd.checkpoint.manifest import Manifest
 from elasticd.checkpoint.memory import MemoryTier
 from elasticd.checkpoint.memory_save import Copied, MemoryCounts, Ranks
+from elasticd.checkpoint.objects import Location, locate
 from elasticd.checkpoint.restore import PassedOver, Restored, restore_newest
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
@@ -42,7 +42,7 @@ class Policy:
     """What the script asked for. ``directory``: None saves nothing on disk. ``memory_every_steps``: 0 copies nothing
     to RAM."""
 
-    directory: Path | None
+    directory: Location | None
     keep: Keep
     memory_every_steps: int
     timeout_s: float
@@ -158,7 +158,7 @@ class Checkpoints:
                 registered.drop_optimizer_state()
             return False
         self._take_up(registered, restored.state, restored.step)
-        if self._directory is None or not (self._directory / complete_name(restored.step)).exists():
+        if self._directory is None or not storage.of_step(self._directory, restored.step):
             self._saved_step = -1
         self._reports.restored(
             restored.source, step=restored.step, seconds=restored.seconds, size_bytes=restored.size_bytes
@@ -172,7 +172,7 @@ class Checkpoints:
         found = self._restore_newest(registered)
         if found is None:
             if start_from is not None:
-                self._start_from(registered, Path(start_from))
+                self._start_from(registered, locate(start_from))
             return
         manifest = found.manifest
         self._take_up(registered, found.state, manifest.step)
@@ -198,7 +198,7 @@ class Checkpoints:
         self._position.take_up(state, step, self._directory)
         self._saved_step = step
 
-    def _start_from(self, registered: Registered, path: Path) -> None:
+    def _start_from(self, registered: Registered, path: Location) -> None:
         parts = agree_on_foreign(path, self._group)
         wanted = registered.only(parts)  # to capture an optimizer's state may make one
         state = wanted.capture()

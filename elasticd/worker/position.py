@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ class Position:
         """What this rank wants of a checkpoint that a world of this size has saved."""
         return self._state(random_of=self.random_of if self.random_of < world_size else None)
 
-    def take_up(self, state: dict[str, Any], step: int, directory: Path | None) -> None:
+    def take_up(self, state: dict[str, Any], step: int, directory: object) -> None:
         """Go on from what was restored. ConfigError, which names the directory, when it was made with another seed."""
         own = json.loads(state["session"])
         if own["seed"] != self.seed:

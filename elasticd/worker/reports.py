@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from elasticd.errors import ChannelClosed
@@ -93,7 +92,7 @@ class Reports:
         """``source``: "memory", "buddy" or "disk"."""
         self._post({"type": "restored", "source": source, "step": step, "seconds": seconds, "size_bytes": size_bytes})
 
-    def committed(self, step: int, path: Path, *, seconds: float) -> None:
+    def committed(self, step: int, path: object, *, seconds: float) -> None:
         """A checkpoint stands. One rank says so."""
         if self._rank == 0:
             self._post({"type": "commit", "step": step, "path": str(path), "seconds": seconds})

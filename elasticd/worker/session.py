@@ -34,7 +34,6 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -45,6 +44,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import Counts
 from elasticd.checkpoint.memory_save import MemoryCounts
+from elasticd.checkpoint.objects import locate
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved
 from elasticd.errors import ConfigError, Fenced
@@ -75,12 +75,13 @@ EXIT_PARKED = 75  # EX_TEMPFAIL
 class Session:
     """One training process's part in the job. Made by all ranks together (it makes process groups).
 
-    ``checkpoint_dir`` must be the same directory for all ranks (one host, or a shared file system); without it nothing
-    is saved. ``save_every_steps``: 0 saves only at stops and at the end. ``keep``: how many checkpoints stay, or more
-    finely which (``checkpoint.retention.Keep``). ``seed`` seeds the random states and the order of samples. ``device``
-    overrides the choice of the GPU of this local rank. ``save_timeout_s``: for how long a save waits for a rank that is
-    silent (one that died fails it at once). It must be longer than the slowest rank takes to write its part: a save
-    that times out ends the process. Saving keeps a copy of this rank's state in host memory.
+    ``checkpoint_dir`` must be the same directory for all ranks (one host, or a shared file system), or a URL for fsspec
+    ("s3://bucket/prefix"); without it nothing is saved. ``save_every_steps``: 0 saves only at stops and at the end.
+    ``keep``: how many checkpoints stay, or more finely which (``checkpoint.retention.Keep``). ``seed`` seeds the random
+    states and the order of samples. ``device`` overrides the choice of the GPU of this local rank. ``save_timeout_s``:
+    for how long a save waits for a rank that is silent (one that died fails it at once). It must be longer than the
+    slowest rank takes to write its part: a save that times out ends the process. Saving keeps a copy of this rank's
+    state in host memory.
 
     ``memory_every_steps``: of completed steps fewer than so many are lost when workers or a node die: the state is
     copied into memory that the daemon owns, and to a node in another failure domain, behind the steps (the copies are
@@ -129,7 +130,7 @@ class Session:
         work = make_work(micro_batches, at_most=max_micro_batches, balance=balance, exact=exact)
         self._place = Place.from_environment()
         self.device = choose_device(self._place, device)
-        directory = Path(checkpoint_dir).absolute() if checkpoint_dir is not None else None
+        directory = locate(checkpoint_dir) if checkpoint_dir is not None else None
         if directory is not None:
             storage.open_directory(directory)
         self._made_world = join_world(self._place, self.device)
