@@ -47,7 +47,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
 from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
-from elasticd.checkpoint.manifest import Manifest, complete_name
+from elasticd.checkpoint.held import Held
+from elasticd.checkpoint.manifest import complete_name
 from elasticd.checkpoint.memory import MemoryTier
 from elasticd.checkpoint.memory_save import Copied, MemoryCounts, Ranks
 from elasticd.checkpoint.restore import PassedOver, Restored, restore_newest
@@ -63,6 +64,7 @@ from elasticd.worker.layout import Layout, arrange
 from elasticd.worker.link import DaemonLink, StepReport
 from elasticd.worker.memory_host import MemoryHost
 from elasticd.worker.planned import PlannedSteps
+from elasticd.worker.powersgd import PowerSGD
 from elasticd.worker.progress import Progress, choose_display
 from elasticd.worker.shares import Balance, as_told, make_work
 from elasticd.worker.speeds import BusySteps, SpeedReports
@@ -112,7 +114,7 @@ class Session:
     of its own (worker/layout.py). "Rank" above is then a replica; ``max_micro_batches`` is the least of its ranks'.
 
     ``compress``: "bf16" or "fp16": gradients are averaged over ranks in that type, in half of the bytes; for DDP
-    (worker/compress.py).
+    (worker/compress.py). "powersgd", or PowerSGD(rank=...): as matrices of low rank, in far fewer (worker/powersgd.py).
 
     ConfigError when the directory is not writable, the environment is not whole, or the world cannot hold the layout.
     """
@@ -132,7 +134,7 @@ class Session:
         balance: Balance = "auto",
         exact: bool = False,
         layout: Layout | None = None,
-        compress: Compression | None = None,
+        compress: Compression | PowerSGD | None = None,
     ) -> None:
         _show_operator_errors_as_one_line()
         if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
@@ -264,7 +266,9 @@ class Session:
         if model is not None and optimizer is not None and self.device.type == "cpu":
             self._waiting.attach(model.parameters() if self.planned is None else (), optimizer)
         if model is not None and self._compress is not None:
-            compress_gradients(self._registered, self._compress, world_size=self.world_size)
+            compress_gradients(
+                self._registered, self._compress, world_size=self.world_size, step=lambda: self._completed
+            )
         if model is not None and self.planned is not None:
             self.planned.use(self._registered, on_gradients=self._waiting.gradients_came)
 
@@ -301,9 +305,9 @@ class Session:
     def _restore_from_memory(self, memory: MemoryTier, registered: Registered, *, at_least: int) -> bool:
         """Whether training goes on from a copy of so many steps or more."""
 
-        def make_state(world_size: int) -> dict[str, Any]:
-            known = self._random_of < world_size
-            return registered.capture() | self._own_state(random_of=self._random_of if known else None)
+        def make_state(held: Held) -> dict[str, Any]:
+            known = self._random_of < held.world_size
+            return registered.wanted(held.sizes) | self._own_state(random_of=self._random_of if known else None)
 
         had_state = registered.has_optimizer_state
         restored = memory.restore(make_state, at_least=at_least)
@@ -531,9 +535,9 @@ class Session:
         if self._directory is None:
             return None
 
-        def make_state(manifest: Manifest) -> dict[str, Any]:
-            known = self._random_of < manifest.world_size
-            return registered.capture() | self._own_state(random_of=self._random_of if known else None)
+        def make_state(held: Held) -> dict[str, Any]:
+            known = self._random_of < held.world_size
+            return registered.wanted(held.sizes) | self._own_state(random_of=self._random_of if known else None)
 
         passed_over: list[PassedOver] = []
         try:
