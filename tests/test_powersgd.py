@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worker_runs import run_world
 
 from elasticd import PowerSGD, Session
+from elasticd.checkpoint.manifest import complete_name
 from elasticd.errors import ConfigError
 from elasticd.worker.powersgd import LowRankAverage, orthonormal, rank_for
 
@@ -62,6 +63,7 @@ def train(run: Run) -> None:
         max_micro_batches=run.caps[rank],
         compress=run.compress,
         checkpoint_dir=run.directory,
+        save_every_steps=HALF,
         memory_every_steps=1 if run.nodes else 0,
     ) as session:
         model = DistributedDataParallel(model_of(), bucket_cap_mb=run.bucket_mb)
@@ -98,11 +100,24 @@ def undisturbed() -> dict[int, float]:
     return curve(Run())
 
 
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], Path]:
+    """A run of unequal shares, and its checkpoint half-way: of two ranks, with unequal errors."""
+    folder = tmp_path_factory.mktemp("half")
+    losses = curve(Run(directory=str(folder), caps=(1, 7)))
+    shutil.rmtree(folder / complete_name(STEPS))
+    return losses, folder
+
+
 def use_torchs_hook(model: DistributedDataParallel) -> None:
     """With the Q that ours begins with, after two steps in full, in one bucket."""
     state = PowerSGDState(model.process_group, matrix_approximation_rank=2, start_powerSGD_iter=2)
     ours = LowRankAverage(
-        PowerSGD(rank=2), model.process_group, dict(model.module.named_parameters(prefix="module")), lambda: 0
+        PowerSGD(rank=2),
+        model.process_group,
+        dict(model.module.named_parameters(prefix="module")),
+        lambda: 0,
+        lambda *_: None,
     )
     qs = [matrix.q for matrix in reversed(ours._matrices.values())]  # a bucket holds the last parameter first
     state.q_memory_dict[0] = torch.cat([q.flatten() for q in qs])
@@ -114,22 +129,16 @@ def test_it_computes_what_torchs_hook_computes() -> None:
     ours = curve(Run(compress=PowerSGD(rank=2, start_step=2)))
     torchs = curve(Run(compress=None, torchs=True))
     assert same(ours, torchs)
-    assert not same(ours, curve(Run(compress=None)))
 
 
-def test_the_curve_is_the_same_under_any_shares_and_follows_the_one_in_full(undisturbed: dict[int, float]) -> None:
+def test_the_curve_is_the_same_under_any_shares_and_follows_the_one_in_full(
+    undisturbed: dict[int, float], unequal: tuple[dict[int, float], Path]
+) -> None:
     assert undisturbed[STEPS - 1] < 0.6 * undisturbed[0]
-    for run in (Run(caps=(1, 7)), Run(caps=(8, 0)), Run(caps=(3, 3, 2), bucket_mb=0.001), Run(caps=(8,))):
+    assert same(unequal[0], undisturbed)
+    for run in (Run(caps=(8, 0)), Run(caps=(3, 3, 2), bucket_mb=0.001)):
         assert same(curve(run), undisturbed), run
     assert not same(curve(Run(compress=PowerSGD(rank=1))), undisturbed)
-
-
-@pytest.fixture(scope="module")
-def half_way(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of two ranks, with unequal errors."""
-    folder = tmp_path_factory.mktemp("half")
-    curve(Run(directory=str(folder), until=HALF, caps=(1, 7)))
-    return folder
 
 
 def resumed(half_way: Path, folder: Path, **changes: object) -> dict[int, float]:
@@ -139,28 +148,29 @@ def resumed(half_way: Path, folder: Path, **changes: object) -> dict[int, float]
     return losses
 
 
-def test_a_run_goes_on_from_disk_as_if_it_had_not_been_interrupted(half_way: Path, tmp_path: Path) -> None:
-    straight = curve(Run(caps=(1, 7)))
+def test_a_run_goes_on_from_disk_as_if_it_had_not_been_interrupted(
+    unequal: tuple[dict[int, float], Path], tmp_path: Path
+) -> None:
+    straight, half_way = unequal
     assert same(resumed(half_way, tmp_path / "a", caps=(1, 7)), straight, rel=1e-6)
     assert not same(resumed(half_way, tmp_path / "b", caps=(1, 7), forget=True), straight)
 
 
 @pytest.mark.parametrize("caps", [(3, 3, 2), (8,)])
 def test_on_another_world_what_the_errors_add_to_the_mean_is_kept(
-    half_way: Path, tmp_path: Path, undisturbed: dict[int, float], caps: tuple[int, ...]
+    unequal: tuple[dict[int, float], Path], tmp_path: Path, caps: tuple[int, ...]
 ) -> None:
-    assert same(resumed(half_way, tmp_path / "c", caps=caps), undisturbed)
+    straight, half_way = unequal
+    assert same(resumed(half_way, tmp_path / "c", caps=caps), straight)
 
 
-def test_what_a_checkpoint_does_not_have_begins_afresh(half_way: Path, tmp_path: Path) -> None:
+def test_what_a_checkpoint_does_not_have_begins_afresh(unequal: tuple[dict[int, float], Path], tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     assert curve(Run(directory=str(plain), until=HALF, compress=None))
-    losses = resumed(plain, tmp_path / "switched on")
-    assert losses[STEPS - 1] < losses[HALF]
-    losses = resumed(half_way, tmp_path / "rank", compress=PowerSGD(rank=1))
-    assert losses[STEPS - 1] < losses[HALF]
-    losses = resumed(half_way, tmp_path / "switched off", compress=None)
-    assert losses[STEPS - 1] < losses[HALF]
+    switched_on = resumed(plain, tmp_path / "on")
+    other_rank = resumed(unequal[1], tmp_path / "rank", compress=PowerSGD(rank=1))
+    for losses in (switched_on, other_rank):
+        assert losses[STEPS - 1] < losses[HALF]
 
 
 def test_copies_in_ram_hold_it_too_and_a_lost_node_s_errors_come_from_its_buddy(undisturbed: dict[int, float]) -> None:

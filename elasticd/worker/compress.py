@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from elasticd.errors import ConfigError
 from elasticd.worker.gradients import replicas, shards, trained
-from elasticd.worker.powersgd import Future, LowRankAverage, PowerSGD
+from elasticd.worker.powersgd import Future, LowRankAverage, PowerSGD, Sent
 from elasticd.worker.state import Registered
 
 Compression = Literal["bf16", "fp16", "powersgd"]
@@ -54,9 +54,14 @@ def _as_numbers(wanted: Compression | PowerSGD | None) -> list[int]:
 
 
 def compress_gradients(
-    registered: Registered, wanted: Compression | PowerSGD, *, world_size: int, step: Callable[[], int]
+    registered: Registered,
+    wanted: Compression | PowerSGD,
+    *,
+    world_size: int,
+    step: Callable[[], int],
+    sent: Sent,
 ) -> None:
-    """``step``: how many are completed.
+    """``step``: how many are completed. ``sent`` is told of each all-reduce: its bytes, and how many ranks.
 
     ConfigError when the model's gradients are not averaged by DDP. RuntimeError, from torch, when it has a hook.
     """
@@ -72,25 +77,26 @@ def compress_gradients(
         names = {parameter: name for name, parameter in trained(registered).named_parameters()}
         for replica in averaged:
             named = {names[each]: each for each in replica.parameters()}
-            low_rank = LowRankAverage(how, replica.process_group, named, step)
+            low_rank = LowRankAverage(how, replica.process_group, named, step, sent)
             replica.register_comm_hook(low_rank, _average_in_low_rank)
             registered.compression.append(low_rank)
         return
     for replica in averaged:
-        replica.register_comm_hook((replica.process_group, _TYPES[wanted]), _average_rounded)
+        replica.register_comm_hook((replica.process_group, _TYPES[wanted], sent), _average_rounded)
 
 
 def _average_in_low_rank(low_rank: LowRankAverage, bucket: dist.GradBucket) -> Future:  # type: ignore[name-defined]
     if low_rank.applies:
         return low_rank.average(bucket)
-    return _average_rounded((low_rank.group, bucket.buffer().dtype), bucket)
+    return _average_rounded((low_rank.group, bucket.buffer().dtype, low_rank.sent), bucket)
 
 
-def _average_rounded(how: tuple[dist.ProcessGroup, torch.dtype], bucket: dist.GradBucket) -> Future:  # type: ignore[name-defined]
+def _average_rounded(how: tuple[dist.ProcessGroup, torch.dtype, Sent], bucket: dist.GradBucket) -> Future:  # type: ignore[name-defined]
     """Called in the backward pass, which goes on."""
-    group, kind = how
+    group, kind, sent = how
     gradients: torch.Tensor = bucket.buffer()
     rounded = gradients.to(kind).div_(group.size())
+    sent(rounded.nbytes, group.size())
 
     def widen(done: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
         return gradients.copy_(done.value()[0])

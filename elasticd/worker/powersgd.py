@@ -9,8 +9,8 @@ torch's powerSGD_hook computes the same sums, and is not used. Under gloo it sta
 order that may differ between ranks, and waits for them in gloo's own threads, of which there are two. It keeps errors
 by bucket, and DDP makes other buckets after the first step of each process. A gradient that is infinite once stays in
 its errors for ever, and its Gram-Schmidt takes rounding for a direction where a gradient has a lower rank than r (a
-gradient of rank 1 at r = 2: 17 % wrong). Here a bucket's P, and what is not worth compressing, goes out while the backward pass goes on, and
-all Q go out together at its end: buckets + 1 messages, in the order of the buckets.
+gradient of rank 1 at r = 2: 17 % wrong). Here a bucket's P, and what is not worth compressing, goes out while the
+backward pass goes on, and all Q go out together at its end: buckets + 1 messages, in the order of the buckets.
 
 **Checkpoints** hold each rank's errors and the common Q: as many bytes more as each rank has in compressed matrices. On
 the same world a run goes on as if it had not been interrupted. On one of another size, what the errors add to the next
@@ -40,6 +40,8 @@ from elasticd.worker.state import derive_seed
 #: A matrix is compressed when that leaves less than one in so many of its numbers to send; as in torch's hook.
 MIN_RATE = 2
 Future = torch.futures.Future[torch.Tensor]
+#: Told of each all-reduce: its bytes, and of how many ranks.
+Sent = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +119,9 @@ class LowRankAverage:
         group: dist.ProcessGroup,
         named: Mapping[str, torch.nn.Parameter],
         step: Callable[[], int],
+        sent: Sent,
     ) -> None:
-        self.group, self._how, self._step = group, how, step
+        self.group, self.sent, self._how, self._step = group, sent, how, step
         self._matrices: dict[str, _Matrix] = {}
         self._of: dict[torch.Tensor, _Matrix] = {}
         for name, parameter in named.items():
@@ -152,6 +155,7 @@ class LowRankAverage:
                 matrices.append(matrix)
                 ps.append(matrix.begin(gradient))
         packed = torch.cat([each.reshape(-1) for each in [*plain, *ps]])
+        self.sent(packed.nbytes, self.group.size())
         buffer = bucket.buffer()
         work = dist.all_reduce(packed, group=self.group, async_op=True)
         done: Future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
@@ -175,6 +179,7 @@ class LowRankAverage:
             return
         own = [matrix.error.t() @ matrix.p for matrix in matrices]
         packed = torch.cat([each.reshape(-1) for each in own])
+        self.sent(packed.nbytes, self.group.size())
         work = dist.all_reduce(packed, group=self.group, async_op=True)
         for matrix, q in zip(matrices, own, strict=True):
             matrix.leave_error(q)

@@ -78,6 +78,7 @@ from elasticd.worker.state import (
     seed_random,
 )
 from elasticd.worker.step import Step
+from elasticd.worker.traffic import Traffic
 from elasticd.worker.waiting import GradientWait
 from elasticd.worker.world import Place, choose_device, join_world, make_side_group
 
@@ -155,6 +156,7 @@ class Session:
         check_compression(compress, exact=exact, group=self._control.group)
         self._compress = compress
         self.arranged = arrange(layout, self._place, self._control.group)
+        self._traffic = Traffic(self.arranged, exact=exact)
         self._mesh = self.arranged.make_mesh(self.device) if layout is not None else None
         self._save_every_steps, self._seed = save_every_steps, seed or 0
         self._link = _connect(self._place)
@@ -237,6 +239,11 @@ class Session:
         return None if self._saver is None else self._saver.counts
 
     @property
+    def sent_bytes(self) -> int:
+        """By this rank, for gradients, in the steps that are completed (worker/traffic.py says what is counted)."""
+        return self._traffic.sent_bytes
+
+    @property
     def memory_counts(self) -> MemoryCounts | None:
         """What copies in RAM have done and cost so far on this rank; None without them."""
         return None if self._memory is None else self._memory.counts
@@ -265,9 +272,14 @@ class Session:
             self._registered.unite = self._unite_stages
         if model is not None and optimizer is not None and self.device.type == "cpu":
             self._waiting.attach(model.parameters() if self.planned is None else (), optimizer)
+        self._traffic.use(self._registered)
         if model is not None and self._compress is not None:
             compress_gradients(
-                self._registered, self._compress, world_size=self.world_size, step=lambda: self._completed
+                self._registered,
+                self._compress,
+                world_size=self.world_size,
+                step=lambda: self._completed,
+                sent=self._traffic.all_reduced,
             )
         if model is not None and self.planned is not None:
             self.planned.use(self._registered, on_gradients=self._waiting.gradients_came)
@@ -473,6 +485,7 @@ class Session:
         if self._memory is not None:
             self._memory.step_completed(self._completed, self._state)
         waited_s = self._waiting.take() + blocked_s
+        sent_bytes = self._traffic.take()
         self._busy.add(seconds - waited_s)
         if self._control.told and self._place.local_rank == 0:
             self._report_speeds(self._link, self._control.told)
@@ -483,6 +496,7 @@ class Session:
                     seconds=seconds,
                     wait_seconds=waited_s,
                     samples=step.samples,
+                    sent_bytes=sent_bytes,
                     metrics=step.metrics,
                 )
             )
