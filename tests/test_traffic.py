@@ -21,7 +21,7 @@ from elasticd.worker.traffic import ring_bytes
 
 STEPS = 3
 #: What TCP and IP add to a segment, acknowledgements, and what ranks agree on in a step.
-MARGIN_OF_HEADERS, MARGIN_OF_A_STEP_BYTES = 1.01, 6_000
+MARGIN_OF_HEADERS, MARGIN_OF_A_STEP_BYTES = 1.01, 8_000
 
 
 def model_of() -> nn.Module:
@@ -104,6 +104,5 @@ def test_the_kernel_counts_the_same(namespaces: None, way: str) -> None:
 def check(first: Mapping[str, Any], last: Mapping[str, Any]) -> None:
     steps = last["step"] - first["step"]
     ours, kernels = ((last[what] - first[what]) / steps for what in ("counted", "sent"))
-    print(ours, kernels)
     assert ours > 100_000
     assert ours <= kernels <= MARGIN_OF_HEADERS * ours + MARGIN_OF_A_STEP_BYTES
