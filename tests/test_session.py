@@ -245,7 +245,7 @@ def Session_in(directory: Path) -> None:  # noqa: N802
 
 @pytest.mark.parametrize("wrong", [{"save_every_steps": -1}, {"keep": 0}])
 def test_numbers_that_make_no_sense(wrong: dict) -> None:
-    with pytest.raises(ConfigError, match="must not be negative, and keep at least 1"):
+    with pytest.raises(ConfigError, match="must not be negative"):
         Session(**wrong)
 
 
