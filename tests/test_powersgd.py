@@ -73,7 +73,7 @@ def train(run: Run) -> None:
         session.register(model=model, optimizer=optimizer)
         session.restore()
         if run.forget:
-            for each in session._registered.compression:
+            for each in session._checkpoints._registered.compression:
                 each.take({})
         losses = {}
         for step in session.steps(until=run.until):
