@@ -221,7 +221,7 @@ def session_on_a_slow_disk(directory: Path) -> None:
     with Session(checkpoint_dir=directory, save_every_steps=2, keep=99) as session:
         slow = Disk()
         slow.sync = lambda descriptor: (time.sleep(0.05), os.fsync(descriptor))
-        session._saver._saver._disk = slow
+        session._checkpoints._saver._saver._disk = slow
         torch.manual_seed(0)
         model = nn.parallel.DistributedDataParallel(nn.Linear(1, 1))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -242,7 +242,7 @@ def session_on_a_full_disk(directory: Path) -> None:
         model = nn.Linear(1, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         session.register(model=model, optimizer=optimizer)
-        session._saver._saver._disk = Full(100)
+        session._checkpoints._saver._saver._disk = Full(100)
         train(session, 7, model, optimizer)
         assert (session.step, session.save_counts.failed) == (7, 4)
 
@@ -378,5 +378,5 @@ def save_and_fail(directory: Path) -> None:
         session.restore()
         for step in session.steps(until=4):
             with step:
-                session._saver.wait()
-                session._saver._saver._disk = Full(100) if step.index == 2 else Disk()
+                session._checkpoints._saver.wait()
+                session._checkpoints._saver._saver._disk = Full(100) if step.index == 2 else Disk()

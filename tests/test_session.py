@@ -529,7 +529,7 @@ def fail_some_saves(directory: Path) -> None:
         session.restore()
         for step in session.steps(until=6):
             with step:
-                session._saver.wait()  # the limit is for one save each
+                session._checkpoints._saver.wait()  # the limit is for one save each
                 full = session.rank == 1 and 1 <= step.index <= 3
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100 if full else soft, hard))
 

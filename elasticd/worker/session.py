@@ -23,17 +23,15 @@ would rather divide its batch itself asks ``step.batch_indices`` for sample ids,
 ``step.loss_scale``.
 
 It runs under elasticd, under plain torchrun, and under plain python as a world of one; without a daemon everything
-works but reports and stops. This module is the composition root of the training process: it alone joins worker/ and
-checkpoint/. Not here: recovery inside the process (to come).
+works but reports and stops. This module is the composition root of the training process: with checkpoints.py, which
+keeps state and takes it up, it alone joins worker/ and checkpoint/. Not here: what the daemon is told (reports.py),
+recovery inside the process (to come).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -44,42 +42,29 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
-from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
-from elasticd.checkpoint.manifest import Manifest
-from elasticd.checkpoint.memory import MemoryTier
-from elasticd.checkpoint.memory_save import Copied, MemoryCounts, Ranks
-from elasticd.checkpoint.objects import Location, locate
-from elasticd.checkpoint.restore import PassedOver, Restored, restore_newest
+from elasticd.checkpoint.background import Counts
+from elasticd.checkpoint.memory_save import MemoryCounts
+from elasticd.checkpoint.objects import locate
 from elasticd.checkpoint.retention import Keep
-from elasticd.checkpoint.save import Saved, Saver
-from elasticd.errors import ChannelClosed, ConfigError, Fenced, OperatorError, SaveFailed, StateLost
+from elasticd.checkpoint.save import Saved
+from elasticd.errors import ConfigError, Fenced
 from elasticd.torch_defects import keep_destroyed_groups
+from elasticd.worker.checkpoints import Checkpoints, Policy
 from elasticd.worker.compress import Compression, check_compression, compress_gradients
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
-from elasticd.worker.fence import RoundFence
+from elasticd.worker.excepthook import show_operator_errors_as_one_line
 from elasticd.worker.layout import Layout, arrange
-from elasticd.worker.link import DaemonLink, StepReport
-from elasticd.worker.memory_host import MemoryHost
 from elasticd.worker.planned import PlannedSteps
+from elasticd.worker.position import Position
 from elasticd.worker.progress import Progress, choose_display
+from elasticd.worker.reports import Reports, connect
 from elasticd.worker.shares import Balance, as_told, make_work
-from elasticd.worker.speeds import BusySteps, SpeedReports
-from elasticd.worker.state import (
-    Registered,
-    Stateful,
-    apply_random,
-    capture_random,
-    check_fit,
-    derive_seed,
-    seed_random,
-)
+from elasticd.worker.speeds import BusySteps
+from elasticd.worker.state import Registered, Stateful, check_fit, seed_random
 from elasticd.worker.step import Step
 from elasticd.worker.waiting import GradientWait
-from elasticd.worker.world import Place, choose_device, join_world, make_side_group
-
-log = logging.getLogger(__name__)
+from elasticd.worker.world import Place, choose_device, join_world
 
 #: How long a script that failed waits for a save under way, before it leaves the process groups to the system.
 CLOSE_AFTER_ERROR_S = 5.0
@@ -135,7 +120,7 @@ class Session:
         layout: Layout | None = None,
         compress: Compression | None = None,
     ) -> None:
-        _show_operator_errors_as_one_line()
+        show_operator_errors_as_one_line()
         if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
             raise ConfigError("save_every_steps must not be negative, and keep must be at least 1")
         if memory_every_steps < 0:
@@ -145,9 +130,9 @@ class Session:
         work = make_work(micro_batches, at_most=max_micro_batches, balance=balance, exact=exact)
         self._place = Place.from_environment()
         self.device = choose_device(self._place, device)
-        self._directory = locate(checkpoint_dir) if checkpoint_dir is not None else None
-        if self._directory is not None:
-            storage.open_directory(self._directory)
+        directory = locate(checkpoint_dir) if checkpoint_dir is not None else None
+        if directory is not None:
+            storage.open_directory(directory)
         self._made_world = join_world(self._place, self.device)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._control = Control()
@@ -155,10 +140,9 @@ class Session:
         self._compress = compress
         self.arranged = arrange(layout, self._place, self._control.group)
         self._mesh = self.arranged.make_mesh(self.device) if layout is not None else None
-        self._save_every_steps, self._seed = save_every_steps, seed or 0
-        self._link = _connect(self._place)
-        self._saver = self._make_saver(Keep(last=keep) if isinstance(keep, int) else keep, save_timeout_s)
-        self._memory = self._make_memory(memory_every_steps, save_timeout_s)
+        self._save_every_steps = save_every_steps
+        self._link = connect(self._place)
+        self._reports = Reports(self._link, rank=self._rank, leads_node=self._place.local_rank == 0)
         self.planned: PlannedSteps | None = None
         if work is not None:
             self.planned = PlannedSteps(
@@ -167,18 +151,33 @@ class Session:
                 arranged=self.arranged,
                 device=self.device,
                 seed=seed,
-                tell=self._tell_shares,
+                tell=self._reports.shares_changed,
             )
-        self._registered: Registered | None = None
+        self._position = Position(
+            seed=seed or 0,
+            device=self.device,
+            rank=self._rank,
+            random_of=self.arranged.first_rank,
+            planned=self.planned,
+        )
+        self._checkpoints = Checkpoints(
+            Policy(
+                directory=directory,
+                keep=Keep(last=keep) if isinstance(keep, int) else keep,
+                memory_every_steps=memory_every_steps,
+                timeout_s=save_timeout_s,
+            ),
+            place=self._place,
+            group=self._control.group,
+            link=self._link,
+            reports=self._reports,
+            position=self._position,
+        )
         self._waiting = GradientWait()
-        self._busy, self._speeds = BusySteps(self.device), SpeedReports()
-        self._restored = self._in_step = self._closed = False
-        self._completed = 0
+        self._busy = BusySteps(self.device)
+        self._in_step = self._closed = False
         self._until: int | None = None
         self._progress: Progress | None = None
-        self._saved_step = -1
-        self.cursor = Cursor()
-        self.dataset_size = 0
         if seed is not None:
             seed_random(seed)
 
@@ -223,22 +222,22 @@ class Session:
     @property
     def seed(self) -> int:
         """What the session was given; 0 without one, for the order of samples alone."""
-        return self._seed
+        return self._position.seed
 
     @property
     def step(self) -> int:
         """How many steps are completed: also the index of the step to come."""
-        return self._completed
+        return self._position.completed
 
     @property
     def save_counts(self) -> Counts | None:
         """What saving has done and cost so far on this rank; None without a directory."""
-        return None if self._saver is None else self._saver.counts
+        return self._checkpoints.save_counts
 
     @property
     def memory_counts(self) -> MemoryCounts | None:
         """What copies in RAM have done and cost so far on this rank; None without them."""
-        return None if self._memory is None else self._memory.counts
+        return self._checkpoints.memory_counts
 
     def register(
         self,
@@ -254,20 +253,21 @@ class Session:
         RuntimeError a second time, or too late; ValueError when the optimizer's parameters are not the model's;
         ConfigError when gradients could not be averaged as asked for.
         """
-        if self._registered is not None or self._restored:
+        if self._checkpoints.settled:
             raise RuntimeError("call session.register() once, with everything, before session.restore()")
         if optimizer is not None and model is None:
             raise ValueError("an optimizer is saved by the names of its model's parameters: register the model too")
         check_fit(model, optimizer)
-        self._registered = Registered(model=model, optimizer=optimizer, extra=dict(extra or {}))
+        registered = Registered(model=model, optimizer=optimizer, extra=dict(extra or {}))
+        self._checkpoints.hold(registered)
         if self.arranged.layout.pipeline > 1:
-            self._registered.unite = self._unite_stages
+            registered.unite = self._unite_stages
         if model is not None and optimizer is not None and self.device.type == "cpu":
             self._waiting.attach(model.parameters() if self.planned is None else (), optimizer)
         if model is not None and self._compress is not None:
-            compress_gradients(self._registered, self._compress, world_size=self.world_size)
+            compress_gradients(registered, self._compress, world_size=self.world_size)
         if model is not None and self.planned is not None:
-            self.planned.use(self._registered, on_gradients=self._waiting.gradients_came)
+            self.planned.use(registered, on_gradients=self._waiting.gradients_came)
 
     def restore(self, *, start_from: str | os.PathLike[str] | None = None) -> int:
         """Collective. Take up the newest checkpoint that verifies; the number of completed steps (0: a fresh start).
@@ -280,58 +280,8 @@ class Session:
         seed, or is not there for every rank. StateLost when what was registered has been overwritten by a checkpoint
         that proved damaged, and no other one is whole.
         """
-        registered = self._known()
-        self._restored = True
-        if self._memory is None:
-            return self._restore_from_disk(registered, start_from)
-        steps = storage.complete_steps(self._directory) if self._directory is not None else []
-        if self._restore_from_memory(self._memory, registered, at_least=steps[0] if steps else 0):
-            return self._completed
-        lost: StateLost | None = None
-        try:
-            self._restore_from_disk(registered, start_from)
-        except StateLost as error:  # on every rank
-            lost = error
-        # What is newest on disk may have been damaged: then a copy in RAM may be the newest after all.
-        if not self._restore_from_memory(self._memory, registered, at_least=self._completed + 1):
-            self._memory.settle()
-            if lost is not None:
-                raise lost
-        return self._completed
-
-    def _restore_from_memory(self, memory: MemoryTier, registered: Registered, *, at_least: int) -> bool:
-        """Whether training goes on from a copy of so many steps or more."""
-
-        def make_state(world_size: int) -> dict[str, Any]:
-            known = self._random_of < world_size
-            return registered.capture() | self._own_state(random_of=self._random_of if known else None)
-
-        had_state = registered.has_optimizer_state
-        restored = memory.restore(make_state, at_least=at_least)
-        if restored is None:
-            if not had_state:
-                registered.drop_optimizer_state()
-            return False
-        registered.apply(restored.state)
-        self._take_own_state(restored.state, restored.step)
-        if self._directory is None or not storage.of_step(self._directory, restored.step):
-            self._saved_step = -1
-        self._tell_restored(restored.source, restored.seconds, restored.size_bytes)
-        if self.rank == 0:
-            log.warning("elasticd: step %d is taken up from RAM (%s)", restored.step, restored.source)
-        return True
-
-    def _restore_from_disk(self, registered: Registered, start_from: str | os.PathLike[str] | None) -> int:
-        started = time.monotonic()
-        found = self._restore_newest(registered)
-        if found is None:
-            if start_from is not None:
-                self._start_from(registered, locate(start_from))
-            return self._completed
-        registered.apply(found.state)
-        self._take_own_state(found.state, found.manifest.step)
-        self._tell_restored("disk", time.monotonic() - started, found.manifest.size_bytes)
-        return self._completed
+        self._checkpoints.restore(start_from)
+        return self.step
 
     def steps(self, until: int | None = None) -> Iterator[Step]:
         """The steps to come, up to ``until`` completed ones in all. Each is to be used as ``with step:``.
@@ -341,23 +291,21 @@ class Session:
         between. StepsDiverged when the ranks are not in the same step. Fenced when a newer round stands without this
         process; SystemExit after a stop, when the daemon is gone.
         """
-        self._check_ready()
-        if self._saver is not None:
-            self._saver.began_at(self._completed)
+        self._checkpoints.begin_training()
         self._until = until
-        while until is None or self._completed < until:
-            step = Step(self, self._completed)
+        while until is None or self.step < until:
+            step = Step(self, self.step)
             yield step
             if not step.entered:
                 raise RuntimeError("a step of session.steps() was not used: write 'with step:' in the loop")
             if not step.completed:
                 continue
-            if step.stop_agreed and self._completed != until:
-                self._save_before_stop()
+            if step.stop_agreed and self.step != until:
+                self._checkpoints.save_before_stop(self._control.stop_need)
                 self._park()
-            elif self._completed == until:
-                self._save_or_warn()
-            elif self._saves_at(self._completed):
+            elif self.step == until:
+                self._checkpoints.save_or_warn()
+            elif self._saves_at(self.step):
                 self.begin_save()
 
     def progress(self, steps: Iterator[Step], *, every_s: float = 10.0, file: TextIO | None = None) -> Iterator[Step]:
@@ -387,22 +335,16 @@ class Session:
 
         SaveFailed when the storage refused.
         """
-        saver = self._ready_to_save()
-        if saver is None:
-            return None
-        saver.wait()
-        if self._saved_step == self._completed:
-            return None
-        return saver.save(self._state(), self._completed)
+        self._check_between_steps()
+        return self._checkpoints.save()
 
     def begin_save(self) -> None:
         """Collective, between two steps. Returns once the state is copied: it is written behind the steps to come.
 
         It waits for a save that is still under way. That the storage refused is logged, and counted in ``save_counts``.
         """
-        saver = self._ready_to_save()
-        if saver is not None:
-            saver.start(self._state(), self._completed)
+        self._check_between_steps()
+        self._checkpoints.begin_save()
 
     def close(self) -> None:
         """Wait for a save under way, send the last reports, and leave the process groups that were made here."""
@@ -415,15 +357,11 @@ class Session:
         if self.planned is not None:
             self.planned.close()
         try:
-            if self._memory is not None:
-                self._memory.close(wait_s)
-            if self._saver is not None:
-                self._saver.wait(wait_s)
+            self._checkpoints.wait(wait_s)
         finally:
             if self._link is not None:
                 self._link.close()
-            still_saving = self._saver is not None and self._saver.in_flight  # over a group: do not take it away
-            still_saving |= self._memory is not None and not self._memory.close(0.0)
+            still_saving = self._checkpoints.in_flight  # over a group: do not take it away
             if self._made_world and dist.is_initialized() and not still_saving:
                 keep_destroyed_groups()
                 dist.destroy_process_group()
@@ -440,21 +378,35 @@ class Session:
 
     # What Step needs of its session.
 
+    @property
+    def cursor(self) -> Cursor:
+        return self._position.cursor
+
+    @cursor.setter
+    def cursor(self, value: Cursor) -> None:
+        self._position.cursor = value
+
+    @property
+    def dataset_size(self) -> int:
+        return self._position.dataset_size
+
+    @dataset_size.setter
+    def dataset_size(self, value: int) -> None:
+        self._position.dataset_size = value
+
     def begin(self) -> None:
         if self._in_step or self._closed:
             raise RuntimeError("the session is closed" if self._closed else "a step is under way: end its block first")
         if self._link is not None and self._link.refusal:
             raise Fenced(f"checkpoint refused: {self._link.refusal}")
-        if self._saver is not None:
-            self._saver.check()
+        self._checkpoints.check_saves()
         self._set_in_step(True)
         self._waiting.take()
-        if self._memory is not None:
-            self._memory.check()
+        self._checkpoints.check_copies()
         wanted = self._link.stop_need if self._link is not None else 0
-        due = self._saves_at(self._completed + 1)
+        due = self._saves_at(self.step + 1)
         own = self.planned.measure if self.planned is not None else lambda: as_told(self._busy.take())
-        self._control.start(self._completed, stop_wanted=wanted, due=due, own=own)
+        self._control.start(self.step, stop_wanted=wanted, due=due, own=own)
 
     def abandon(self) -> None:
         self._set_in_step(False)
@@ -463,42 +415,15 @@ class Session:
         step.stop_agreed, blocked_s = self._control.finish(step.index)
         self._set_in_step(False)
         seconds = time.monotonic() - step.started_at
-        self._completed = step.index + 1
+        self._position.completed = step.index + 1
         self.cursor, self.dataset_size = step.next_cursor, step.dataset_size
         if self.planned is not None:
-            self.planned.decide(self._completed, self._control.told)
-        if self._memory is not None:
-            self._memory.step_completed(self._completed, self._state)
+            self.planned.decide(self.step, self._control.told)
+        self._checkpoints.step_completed()
         waited_s = self._waiting.take() + blocked_s
         self._busy.add(seconds - waited_s)
-        if self._control.told and self._place.local_rank == 0:
-            self._report_speeds(self._link, self._control.told)
-        if self._link is not None:
-            self._link.report(
-                StepReport(
-                    step=self._completed,
-                    seconds=seconds,
-                    wait_seconds=waited_s,
-                    samples=step.samples,
-                    metrics=step.metrics,
-                )
-            )
-
-    def _report_speeds(self, link: DaemonLink | None, told: list[int]) -> None:
-        self._speeds.add(told)
-        message = self._speeds.take()
-        if link is None or message is None:
-            return
-        planned = self.planned
-        shares = {"shares": planned.shares, "balanced": planned.balanced} if planned is not None else {}
-        link.post(message | shares)
-
-    def _tell_shares(self, event: Mapping[str, Any]) -> None:
-        """All ranks have decided the same: one of them says so."""
-        if self.rank == 0:
-            log.info("elasticd: shares %s from step %d on: %s", event["shares"], event["step"], event["reason"])
-            if self._link is not None:
-                self._link.post(dict(event))
+        self._reports.speeds(self._control.told, self.planned)
+        self._reports.step_completed(step, seconds=seconds, waited_s=waited_s)
 
     def _saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due once so many steps are completed."""
@@ -514,206 +439,13 @@ class Session:
 
         return names_of_all_stages(own, self.mesh.get_group("pp"))
 
-    @property
-    def _random_of(self) -> int:
-        """Whose random state this rank takes up: of one rank for each replica, whose ranks must draw the same."""
-        return self.arranged.first_rank
-
-    def _own_state(self, *, random_of: int | None) -> dict[str, Any]:
-        cursor = {"epoch": self.cursor.epoch, "index": self.cursor.index}
-        data = {"cursor": cursor, "seed": self._seed, "dataset_size": self.dataset_size}
-        planned = {} if self.planned is None else self.planned.state(self._completed)
-        state: dict[str, Any] = {"session": json.dumps({"step": self._completed, **data, **planned})}
-        if random_of is not None:
-            state["random"] = {str(random_of): capture_random(self.device)}
-        return state
-
-    def _restore_newest(self, registered: Registered) -> Restored | None:
-        if self._directory is None:
-            return None
-
-        def make_state(manifest: Manifest) -> dict[str, Any]:
-            known = self._random_of < manifest.world_size
-            return registered.capture() | self._own_state(random_of=self._random_of if known else None)
-
-        passed_over: list[PassedOver] = []
-        try:
-            return restore_newest(self._directory, self._control.group, make_state, passed_over)
-        finally:
-            if passed_over and self._link is not None:
-                self._link.post({"type": "passed_over", "count": len(passed_over)})
-
-    def _start_from(self, registered: Registered, path: Location) -> None:
-        parts = agree_on_foreign(path, self._control.group)
-        wanted = registered.only(parts)  # to capture an optimizer's state may make one
-        state = wanted.capture()
-        load_foreign(state, path, parts)
-        wanted.apply(state)
-
-    def _take_own_state(self, state: dict[str, Any], step: int) -> None:
-        own = json.loads(state["session"])
-        if own["seed"] != self._seed:
-            raise ConfigError(
-                f"the checkpoint of step {step} in {self._directory} was made with seed {own['seed']}, not "
-                f"{self._seed}: samples would be skipped and repeated; use that seed, or another directory"
-            )
-        self._completed = self._saved_step = step
-        self.cursor, self.dataset_size = Cursor(**own["cursor"]), own["dataset_size"]
-        if self.planned is not None:
-            self.planned.resume(own)
-        if "random" in state:
-            apply_random(state["random"][str(self._random_of)], self.device)
-        else:
-            seed_random(derive_seed(self._seed, step, self._random_of))
-
-    def _state(self) -> dict[str, Any]:
-        return self._known().capture() | self._own_state(random_of=self.rank)
-
-    def _make_saver(self, keep: Keep, timeout_s: float) -> BackgroundSaver | None:
-        if self._directory is None:
-            return None
-        place = self._place
-        saver = Saver(
-            self._directory,
-            group=make_side_group(timeout_s),
-            job_id=place.job_id,
-            round_number=place.round_number,
-            keep=keep,
-            fence=RoundFence(self._link, timeout_s / 2) if self._link is not None else None,
-        )
-        return BackgroundSaver(saver, self._save_ended)
-
-    def _make_memory(self, every_steps: int, timeout_s: float) -> MemoryTier | None:
-        """Collective where copies in RAM are asked for."""
-        if not every_steps:
-            return None
-        place = self._place
-        ranks = Ranks(
-            rank=self.rank,
-            world_size=self.world_size,
-            leads_node=place.local_rank == 0,
-            job_id=place.job_id,
-            round_number=place.round_number,
-            group=make_side_group(timeout_s),
-        )
-        host = MemoryHost(self._link, place.node_id, timeout_s=timeout_s) if self._link is not None else None
-        return MemoryTier(host, ranks, every_steps=every_steps, told=self._tell_copied)
-
-    def _tell_copied(self, copied: Copied) -> None:
-        """In the thread that copies."""
-        if self._link is not None:
-            self._link.post(
-                {
-                    "type": "memory_copied",
-                    "step": copied.step,
-                    "result": "committed" if copied.committed else "void",
-                    "at_buddies": copied.at_buddies,
-                    "size_bytes": copied.size_bytes,
-                    "seconds": copied.seconds,
-                    "stall_seconds": copied.stall_s,
-                }
-            )
-
-    def _tell_restored(self, source: str, seconds: float, size_bytes: int) -> None:
-        if self._link is not None:
-            self._link.post(
-                {
-                    "type": "restored",
-                    "source": source,
-                    "step": self._completed,
-                    "seconds": seconds,
-                    "size_bytes": size_bytes,
-                }
-            )
-
-    def _ready_to_save(self) -> BackgroundSaver | None:
+    def _check_between_steps(self) -> None:
         if self._in_step:
             raise RuntimeError("save between two steps: a half-done step cannot be taken up again")
-        if self._saver is not None:
-            self._known()
-        return self._saver
-
-    def _save_ended(self, step: int, end: Saved | SaveFailed, stall: Stall) -> None:
-        """In the saver's thread. A disk that is full must not end the training: the checkpoint before still stands."""
-        saved = end if isinstance(end, Saved) else None
-        if saved is not None:
-            self._saved_step = step
-        elif self.rank == 0:
-            log.warning("elasticd: %s", end)
-        if self._link is None:
-            return
-        if saved is not None and self.rank == 0:
-            self._link.post({"type": "commit", "step": step, "path": str(saved.path), "seconds": saved.seconds})
-        self._link.post(
-            {
-                "type": "checkpoint",
-                "result": "failed" if saved is None else "saved",
-                "size_bytes": 0 if saved is None else saved.size_bytes,
-                "seconds": 0.0 if saved is None else saved.seconds,
-                "stall_seconds": stall.seconds,
-                "waited": stall.waited,
-            }
-        )
-
-    def _known(self) -> Registered:
-        if self._registered is None:
-            raise RuntimeError("a checkpoint would hold nothing: call session.register(model=..., optimizer=...) first")
-        return self._registered
-
-    def _check_ready(self) -> None:
-        if self._directory is not None:
-            self._known()
-        if self._directory is not None and not self._restored and storage.complete_steps(self._directory):
-            raise ConfigError(
-                f"{self._directory} holds checkpoints of an earlier run: call session.restore() or name another one"
-            )
-
-    def _save_or_warn(self) -> None:
-        with contextlib.suppress(SaveFailed):  # it has been logged
-            self.save()
-
-    def _save_before_stop(self) -> None:
-        """In RAM first, which is quick; on disk too where the memory that holds it may be gone after the stop."""
-        if self._memory is None or not self._memory.save(self._state, self._completed, self._control.stop_need):
-            self._save_or_warn()
 
     def _park(self) -> None:
         """Say that this rank stands at the boundary, and wait to be stopped."""
         if self._link is not None:
-            self._link.post({"type": "boundary", "step": self._completed})
+            self._reports.at_boundary(self.step)
             self._link.wait_closed()
         raise SystemExit(EXIT_PARKED)
-
-
-def _connect(place: Place) -> DaemonLink | None:
-    if not place.socket_path:
-        return None
-    hello = {
-        "type": "worker_hello",
-        "job": place.job_id,
-        "round": place.round_number,
-        "rank": place.rank,
-        "local_rank": place.local_rank,
-        "pid": os.getpid(),
-    }
-    try:
-        return DaemonLink(place.socket_path, hello)
-    except ChannelClosed as error:
-        log.warning("elasticd: %s; training goes on without it", error)
-        return None
-
-
-def _show_operator_errors_as_one_line() -> None:
-    """A mistake that only a person can mend is worth a line, not a traceback into this library."""
-    previous = sys.excepthook
-    if getattr(previous, "shows_operator_errors", False):
-        return
-
-    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if isinstance(error, OperatorError):
-            print(f"elasticd: error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        else:
-            previous(kind, error, traceback)
-
-    hook.shows_operator_errors = True  # type: ignore[attr-defined]
-    sys.excepthook = hook
