@@ -161,6 +161,13 @@ JOB = (
         unit="s",
     ),
     plot(
+        "Sent for gradients by rank",
+        f"max by (rank) (rate(elasticd_rank_sent_bytes_total{{{J}}}{RATE}))",
+        "rank {{rank}}",
+        "Counted from the sizes of what is averaged over ranks, after compression.",
+        unit="Bps",
+    ),
+    plot(
         "Share of the step spent waiting",
         f"sum by (rank) (rate(elasticd_rank_wait_seconds_total{{{J}}}{RATE}))"
         f" / (sum by (rank) (rate(elasticd_rank_wait_seconds_total{{{J}}}{RATE}))"

@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from elasticd.worker.hierarchy import average_in_two_levels  # type: ignore[import-not-found, unused-ignore]
     from elasticd.worker.layout import Layout  # type: ignore[import-not-found, unused-ignore]
     from elasticd.worker.pipeline import Pipeline  # type: ignore[import-not-found, unused-ignore]
+    from elasticd.worker.powersgd import PowerSGD  # type: ignore[import-not-found, unused-ignore]
     from elasticd.worker.session import Session  # type: ignore[import-not-found, unused-ignore]
 
 __version__ = "0.1.0"
-__all__ = ["Layout", "Pipeline", "Session", "__version__", "average_in_two_levels"]
+__all__ = ["Layout", "Pipeline", "PowerSGD", "Session", "__version__", "average_in_two_levels"]
 
 #: Where each of them is.
 _MODULES = {
     "Layout": "layout",
     "Pipeline": "pipeline",
+    "PowerSGD": "powersgd",
     "Session": "session",
     "average_in_two_levels": "hierarchy",
 }

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from worker_runs import run_world
 
-from elasticd import Session
+from elasticd import PowerSGD, Session
 from elasticd.errors import ConfigError
 from elasticd.worker.compress import Compression
 
@@ -75,7 +75,7 @@ def test_the_loss_curve_stays_within_noise_under_any_shares() -> None:
         assert losses == pytest.approx(plain, rel=0.05), (compress, caps)
 
 
-def refused(sharded: bool, compress: list[Compression | None], exact: bool) -> None:
+def refused(sharded: bool, compress: list[Compression | PowerSGD | None], exact: bool) -> None:
     """Run by a rank: prints whether the operator was told."""
     try:
         session = Session(micro_batches=COUNT, compress=compress[int(os.environ["RANK"])], exact=exact)
@@ -94,10 +94,13 @@ def refused(sharded: bool, compress: list[Compression | None], exact: bool) -> N
         (False, ["bf16", "bf16"], False, "DistributedDataParallel"),
         (False, ["fp16", "fp16"], True, "exact"),
         (False, ["bf16", None], False, "same on all ranks"),
+        (True, ["powersgd", "powersgd"], False, "MixedPrecisionPolicy"),
+        (False, ["powersgd", "powersgd"], True, "exact"),
+        (False, ["powersgd", PowerSGD(rank=1)], False, "same on all ranks"),
     ],
 )
 def test_what_cannot_be_compressed_is_refused_on_all_ranks(
-    sharded: bool, compress: list[Compression | None], exact: bool, word: str
+    sharded: bool, compress: list[Compression | PowerSGD | None], exact: bool, word: str
 ) -> None:
     for output in run_world(2, refused, sharded, compress, exact):
         assert word in output

@@ -162,10 +162,11 @@ def test_steps_add_up_by_rank() -> None:
     found = Training()
     found.begin(JobId("j"))
     found.stepped(2, steps(1), 0.0, 100.0)
-    found.stepped(2, steps(4, steps=3, samples=12, metrics={"loss": 0.5}), 1.0, 101.0)
+    found.stepped(2, steps(4, steps=3, samples=12, sent_bytes=900, metrics={"loss": 0.5}), 1.0, 101.0)
     seen = exposed(found)
     assert seen["elasticd_rank_steps_total", of_rank(2)] == 4
     assert seen["elasticd_rank_samples_total", of_rank(2)] == 16
+    assert seen["elasticd_rank_sent_bytes_total", of_rank(2)] == 900
     assert seen["elasticd_rank_busy_seconds_total", of_rank(2)] == 3.0
     assert seen["elasticd_rank_wait_seconds_total", of_rank(2)] == 1.0
     assert seen["elasticd_job_step", (("job_id", "j"),)] == 4

@@ -1,7 +1,8 @@
 """One rank of the training that balance.py and compression.py measure: the byte GPT, by a Session or by plain DDP.
 
 All compute the same micro-batches of the same size, and exchange gradients once a step; plain DDP divides them
-equally. A line for each completed step, with all that this node has sent so far, as its kernel counts it.
+equally. A line for each completed step, with all that this node has sent so far, as its kernel counts it and as the
+Session counts it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from elasticd.worker.compress import Compression
 
 #: A step is long beside the period of a control group's quota (0.1 s): whatever a node has left of it is lost.
 LENGTH, SIZE, SEED = 64, 6, 1
-Note = Callable[[int, int, int], None]
+Note = Callable[[int, int, int, int], None]
 
 
 def by_session(micro_batches: int, steps: int, note: Note, compress: Compression | None = None) -> None:
@@ -40,7 +41,7 @@ def by_session(micro_batches: int, steps: int, note: Note, compress: Compression
                 for inputs, targets in step.micro_batches(data, size=SIZE):
                     step.backward(loss_of(model(inputs), targets))
                 optimizer.step()
-            note(session.rank, session.step, len(step.sample_ids) // SIZE)
+            note(session.rank, session.step, len(step.sample_ids) // SIZE, session.sent_bytes)
 
 
 def by_plain_ddp(micro_batches: int, steps: int, note: Note) -> None:
@@ -58,7 +59,7 @@ def by_plain_ddp(micro_batches: int, steps: int, note: Note) -> None:
             with nullcontext() if number == share - 1 else model.no_sync():
                 (loss_of(model(inputs), targets) / share).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        note(rank, step + 1, share)
+        note(rank, step + 1, share, 0)
     keep_destroyed_groups()
     dist.destroy_process_group()
 
@@ -67,6 +68,7 @@ WAYS: dict[str, Callable[[int, int, Note], None]] = {
     "session": by_session,
     "bf16": partial(by_session, compress="bf16"),
     "fp16": partial(by_session, compress="fp16"),
+    "powersgd": partial(by_session, compress="powersgd"),
     "plain": by_plain_ddp,
 }
 
@@ -90,9 +92,9 @@ def main() -> None:
     asked = parser.parse_args()
     with asked.ledger.open("a", buffering=1) as ledger:
 
-        def note(rank: int, step: int, share: int) -> None:
-            line = {"t": time.monotonic(), "rank": rank, "step": step, "share": share, "sent": sent_bytes()}
-            ledger.write(json.dumps(line) + "\n")
+        def note(rank: int, step: int, share: int, counted: int) -> None:
+            line = {"t": time.monotonic(), "rank": rank, "step": step, "share": share}
+            ledger.write(json.dumps(line | {"sent": sent_bytes(), "counted": counted}) + "\n")
 
         WAYS[asked.way](asked.micro_batches, asked.steps, note)
 

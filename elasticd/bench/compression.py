@@ -1,4 +1,4 @@
-"""Gradients in two bytes an element: what a node sends in a step, as its kernel counts it, and how long a step takes.
+"""Gradients in fewer bytes: what a node sends in a step, as its kernel counts it, and how long a step takes.
 
 Two nodes of one rank, the training of balance.py with one micro-batch a rank, so that a step is mostly the exchange of
 gradients; in turns with the same Session without compression. On this network, a bridge in memory, bytes cost little
@@ -17,7 +17,12 @@ from elasticd.bench.balance import FAST, train
 from elasticd.bench.figures import ELASTICD, Figure, Goal
 from elasticd.bench.options import Options
 
-WAYS = {"session": f"{ELASTICD}, float32", "bf16": f"{ELASTICD}, bf16", "fp16": f"{ELASTICD}, fp16"}
+WAYS = {
+    "session": f"{ELASTICD}, float32",
+    "bf16": f"{ELASTICD}, bf16",
+    "fp16": f"{ELASTICD}, fp16",
+    "powersgd": f"{ELASTICD}, PowerSGD",
+}
 STEPS, QUICK_STEPS = 60, 20
 #: Left out: connections are made, and DDP orders its buckets anew.
 WARM_UP = 6
@@ -40,7 +45,7 @@ def measure(options: Options) -> list[Figure]:
             measured.append(read_steps(train(way, (FAST, FAST), steps, micro_batches=2)[0]))
         options.say(", ".join(f"{way} {of[-1][0]:.2f} MB and {of[-1][1]:.4f} s" for way, of in found.items()))
     figure, halves = partial(Figure, experiment="compression"), []
-    for way in ("bf16", "fp16"):
+    for way in ("bf16", "fp16", "powersgd"):
         pairs = zip(found[way], found["session"], strict=True)
         parts = tuple(100 * ours[0] / plain[0] for ours, plain in pairs)
         what = "sent in a step, of what float32 sends"

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from elasticd.checkpoint.exchange import share
+from elasticd.checkpoint.held import Held, held_by
 from elasticd.checkpoint.memory_layout import Span, object_at, tensor_at, unpack_metadata
 from elasticd.core.memory import (
     BLOCK_BYTES,
@@ -54,8 +55,8 @@ log = logging.getLogger(__name__)
 
 _THREADS = min(4, os.cpu_count() or 1)
 
-#: The state to fill, for a checkpoint of so many ranks.
-MakeState = Callable[[int], dict[str, Any]]
+#: The state to fill.
+MakeState = Callable[[Held], dict[str, Any]]
 
 
 class RestoringHost(Protocol):
@@ -145,7 +146,7 @@ class MemoryRestore:
             holders = whole.index_holders()
             fetched = self._host.fetch(whole.generation, whole.seal, {}, holders)
             index, metadata = _read_index(fetched, whole)
-            state = make_state(len(index.parts))
+            state = make_state(held_by(metadata, len(index.parts)))
             plan = _plan(state, metadata)
             ranks = sorted({_span(metadata, item.storage_index).rank for item in plan.items})
             wanted = {rank: (index.part(rank).node_id, whole.holders[rank]) for rank in ranks}

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from elasticd.checkpoint import storage
+from elasticd.checkpoint.held import Held, held_by
 from elasticd.checkpoint.lineage import in_order, late_ones
 from elasticd.checkpoint.manifest import (
     FORMAT_WITH_BLOCKS,
@@ -69,7 +70,7 @@ class Restored:
 
 
 #: What a rank wants of a checkpoint: a state to fill, whose tensors are those that are trained.
-MakeState = Callable[[Manifest], dict[str, Any]]
+MakeState = Callable[[Held], dict[str, Any]]
 
 
 def restore_newest(
@@ -131,8 +132,8 @@ class _Trial:
             storage.check_contents(found.path, tuple(data[self._rank :: self._size]))
 
     def _fill(self, state: dict[str, Any], found: Found) -> None:
-        state.update(self._make_state(found.manifest))
         reader = open_reader(found, rank=self._rank, size=self._size)
+        state.update(self._make_state(held_by(reader.read_metadata(), found.manifest.world_size)))
         try:
             fill(state, reader)
         finally:

@@ -151,6 +151,11 @@ RECOVERY = HistogramDefinition(
 RANK_STEP = GaugeDefinition("elasticd_rank_step_seconds", "Duration of the rank's latest steps, as a mean.", RANK)
 RANK_STEPS = CounterDefinition("elasticd_rank_steps_total", "Steps that the rank completed here.", RANK)
 RANK_SAMPLES = CounterDefinition("elasticd_rank_samples_total", "Samples that the rank trained on here.", RANK)
+RANK_SENT = CounterDefinition(
+    "elasticd_rank_sent_bytes_total",
+    "Bytes that the rank sent for gradients, counted from the sizes of messages or parameters, as in a ring of ranks.",
+    RANK,
+)
 RANK_BUSY = CounterDefinition("elasticd_rank_busy_seconds_total", "Time in steps, waiting left out.", RANK)
 RANK_WAIT = CounterDefinition("elasticd_rank_wait_seconds_total", "Time in steps spent waiting for other ranks.", RANK)
 IMBALANCE = GaugeDefinition(

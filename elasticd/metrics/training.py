@@ -29,6 +29,7 @@ class Steps:
     seconds: float
     wait_seconds: float
     samples: int
+    sent_bytes: int
     metrics: Mapping[str, float]
 
     @classmethod
@@ -43,6 +44,7 @@ class Steps:
             seconds=number_of(message["seconds"]),
             wait_seconds=number_of(message.get("wait_seconds", 0.0)),
             samples=whole_of(message.get("samples", 0)),
+            sent_bytes=whole_of(message.get("sent_bytes", 0)),
             metrics={str(name): number_of(value, finite=False) for name, value in told.items()},
         )
 
@@ -55,6 +57,7 @@ class Steps:
 class _Rank:
     steps: int = 0
     samples: int = 0
+    sent_bytes: int = 0
     busy_s: float = 0.0
     wait_s: float = 0.0
     heard_at: float | None = None
@@ -63,6 +66,7 @@ class _Rank:
     def add(self, report: Steps, now: float) -> None:
         self.steps += report.count
         self.samples += report.samples
+        self.sent_bytes += report.sent_bytes
         self.busy_s += report.count * report.busy_seconds
         self.wait_s += report.count * report.wait_seconds
         self.latest, self.heard_at = report, now
@@ -123,6 +127,7 @@ class Training:
         counters: list[tuple[CounterMetricFamily, Callable[[_Rank], float]]] = [
             (definitions.RANK_STEPS.family(), lambda rank: rank.steps),
             (definitions.RANK_SAMPLES.family(), lambda rank: rank.samples),
+            (definitions.RANK_SENT.family(), lambda rank: rank.sent_bytes),
             (definitions.RANK_BUSY.family(), lambda rank: rank.busy_s),
             (definitions.RANK_WAIT.family(), lambda rank: rank.wait_s),
         ]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
 from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
-from elasticd.checkpoint.manifest import Manifest
+from elasticd.checkpoint.held import Held
 from elasticd.checkpoint.memory import MemoryTier
 from elasticd.checkpoint.memory_save import Copied, MemoryCounts, Ranks
 from elasticd.checkpoint.objects import Location, locate
@@ -148,8 +148,8 @@ class Checkpoints:
     def _restore_from_memory(self, memory: MemoryTier, registered: Registered, *, at_least: int) -> bool:
         """Whether training goes on from a copy of so many steps or more."""
 
-        def make_state(world_size: int) -> dict[str, Any]:
-            return registered.capture() | self._position.to_fill(world_size)
+        def make_state(held: Held) -> dict[str, Any]:
+            return registered.wanted(held.sizes) | self._position.to_fill(held.world_size)
 
         had_state = registered.has_optimizer_state
         restored = memory.restore(make_state, at_least=at_least)
@@ -183,8 +183,8 @@ class Checkpoints:
         if self._directory is None:
             return None
 
-        def make_state(manifest: Manifest) -> dict[str, Any]:
-            return registered.capture() | self._position.to_fill(manifest.world_size)
+        def make_state(held: Held) -> dict[str, Any]:
+            return registered.wanted(held.sizes) | self._position.to_fill(held.world_size)
 
         passed_over: list[PassedOver] = []
         try:

@@ -52,6 +52,10 @@ def average_in_two_levels(model: DistributedDataParallel, mesh: DeviceMesh) -> N
     model.register_comm_hook(jobs, _hand_over)
 
 
+def is_in_two_levels(model: DistributedDataParallel) -> bool:
+    return any(hook is _hand_over for hook, _ in model._comm_hooks)  # noqa: SLF001 (there is no public way to ask)
+
+
 def _hand_over(jobs: queue.SimpleQueue[Job | None], bucket: dist.GradBucket) -> Future:  # type: ignore[name-defined]
     """Called in the backward pass, which goes on."""
     done: Future = torch.futures.Future()

@@ -40,18 +40,20 @@ class StepReport:
     seconds: float
     wait_seconds: float
     samples: int
+    sent_bytes: int
     metrics: Mapping[str, float]
 
 
 @dataclass(slots=True)
 class Folded:
-    """What several reports say together: the latest step and metrics, mean seconds, all the samples."""
+    """What several reports say together: the latest step and metrics, mean seconds, all the samples and bytes."""
 
     steps: int = 0
     step: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
     samples: int = 0
+    sent_bytes: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def add(self, report: StepReport) -> None:
@@ -60,6 +62,7 @@ class Folded:
         self.seconds += report.seconds
         self.wait_seconds += report.wait_seconds
         self.samples += report.samples
+        self.sent_bytes += report.sent_bytes
 
     def message(self, round_number: int) -> Message:
         return {
@@ -70,6 +73,7 @@ class Folded:
             "seconds": self.seconds / self.steps,
             "wait_seconds": self.wait_seconds / self.steps,
             "samples": self.samples,
+            "sent_bytes": self.sent_bytes,
             "metrics": dict(self.metrics),
         }
 

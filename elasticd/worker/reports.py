@@ -49,7 +49,7 @@ class Reports:
 
     # Steps.
 
-    def step_completed(self, step: Step, *, seconds: float, waited_s: float) -> None:
+    def step_completed(self, step: Step, *, seconds: float, waited_s: float, sent_bytes: int) -> None:
         if self._link is not None:
             self._link.report(
                 StepReport(
@@ -57,6 +57,7 @@ class Reports:
                     seconds=seconds,
                     wait_seconds=waited_s,
                     samples=step.samples,
+                    sent_bytes=sent_bytes,
                     metrics=step.metrics,
                 )
             )

@@ -57,12 +57,14 @@ from elasticd.worker.excepthook import show_operator_errors_as_one_line
 from elasticd.worker.layout import Layout, arrange
 from elasticd.worker.planned import PlannedSteps
 from elasticd.worker.position import Position
+from elasticd.worker.powersgd import PowerSGD
 from elasticd.worker.progress import Progress, choose_display
 from elasticd.worker.reports import Reports, connect
 from elasticd.worker.shares import Balance, as_told, make_work
 from elasticd.worker.speeds import BusySteps
 from elasticd.worker.state import Registered, Stateful, check_fit, seed_random
 from elasticd.worker.step import Step
+from elasticd.worker.traffic import Traffic
 from elasticd.worker.waiting import GradientWait
 from elasticd.worker.world import Place, choose_device, join_world
 
@@ -98,7 +100,7 @@ class Session:
     of its own (worker/layout.py). "Rank" above is then a replica; ``max_micro_batches`` is the least of its ranks'.
 
     ``compress``: "bf16" or "fp16": gradients are averaged over ranks in that type, in half of the bytes; for DDP
-    (worker/compress.py).
+    (worker/compress.py). "powersgd", or PowerSGD(rank=...): as matrices of low rank, in far fewer (worker/powersgd.py).
 
     ConfigError when the directory is not writable, the environment is not whole, or the world cannot hold the layout.
     """
@@ -118,7 +120,7 @@ class Session:
         balance: Balance = "auto",
         exact: bool = False,
         layout: Layout | None = None,
-        compress: Compression | None = None,
+        compress: Compression | PowerSGD | None = None,
     ) -> None:
         show_operator_errors_as_one_line()
         if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
@@ -139,6 +141,7 @@ class Session:
         check_compression(compress, exact=exact, group=self._control.group)
         self._compress = compress
         self.arranged = arrange(layout, self._place, self._control.group)
+        self._traffic = Traffic(self.arranged, exact=exact)
         self._mesh = self.arranged.make_mesh(self.device) if layout is not None else None
         self._save_every_steps = save_every_steps
         self._link = connect(self._place)
@@ -235,6 +238,11 @@ class Session:
         return self._checkpoints.save_counts
 
     @property
+    def sent_bytes(self) -> int:
+        """By this rank, for gradients, in the steps that are completed (worker/traffic.py says what is counted)."""
+        return self._traffic.sent_bytes
+
+    @property
     def memory_counts(self) -> MemoryCounts | None:
         """What copies in RAM have done and cost so far on this rank; None without them."""
         return self._checkpoints.memory_counts
@@ -264,8 +272,15 @@ class Session:
             registered.unite = self._unite_stages
         if model is not None and optimizer is not None and self.device.type == "cpu":
             self._waiting.attach(model.parameters() if self.planned is None else (), optimizer)
+        self._traffic.use(registered)
         if model is not None and self._compress is not None:
-            compress_gradients(registered, self._compress, world_size=self.world_size)
+            compress_gradients(
+                registered,
+                self._compress,
+                world_size=self.world_size,
+                step=lambda: self.step,
+                sent=self._traffic.all_reduced,
+            )
         if model is not None and self.planned is not None:
             self.planned.use(registered, on_gradients=self._waiting.gradients_came)
 
@@ -423,7 +438,7 @@ class Session:
         waited_s = self._waiting.take() + blocked_s
         self._busy.add(seconds - waited_s)
         self._reports.speeds(self._control.told, self.planned)
-        self._reports.step_completed(step, seconds=seconds, waited_s=waited_s)
+        self._reports.step_completed(step, seconds=seconds, waited_s=waited_s, sent_bytes=self._traffic.take())
 
     def _saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due once so many steps are completed."""

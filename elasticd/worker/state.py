@@ -38,6 +38,22 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
+class Carried(Protocol):
+    """What is saved beside the script's objects, whatever world it was saved by."""
+
+    def state(self) -> dict[str, Any]:
+        """The live tensors, by name, in dicts."""
+        ...
+
+    def wanted(self, held: Mapping[str, torch.Size]) -> dict[str, Any]:
+        """What to fill from a checkpoint with tensors of these sizes: empty, if it holds nothing of this."""
+        ...
+
+    def take(self, filled: Mapping[str, Any]) -> None:
+        """Go on from what ``wanted`` gave, now filled."""
+        ...
+
+
 @dataclass(slots=True, kw_only=True)
 class Registered:
     """The script's objects whose state belongs in a checkpoint."""
@@ -45,13 +61,33 @@ class Registered:
     model: torch.nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
     extra: Mapping[str, Stateful] = field(default_factory=dict)
+    #: Of the compression of gradients, one for each of the model's DDP.
+    compression: list[Carried] = field(default_factory=list)
     #: Collective: of the names in each of the optimizer's groups, where this rank has only a stage of the model, those
     #: on all stages.
     unite: Callable[[list[list[str]]], list[list[str]]] | None = None
     _united: tuple[list[list[str]], list[list[str]]] = field(default=([], []), repr=False)
 
     def capture(self) -> dict[str, Any]:
-        """The live state, not a copy: filling its tensors in place fills the model."""
+        """The live state, not a copy."""
+        state = self._capture_own()
+        if self.compression:
+            state |= {f"compression{number}": each.state() for number, each in enumerate(self.compression)}
+        return state
+
+    def wanted(self, held: Mapping[str, torch.Size]) -> dict[str, Any]:
+        """What to fill from a checkpoint with tensors of these sizes, for ``apply``.
+
+        Filling the tensors in place fills the model.
+        """
+        state = self._capture_own()
+        for number, each in enumerate(self.compression):
+            name = f"compression{number}."
+            under = {key.removeprefix(name): size for key, size in held.items() if key.startswith(name)}
+            state |= {name[:-1]: part} if (part := each.wanted(under)) else {}
+        return state
+
+    def _capture_own(self) -> dict[str, Any]:
         state: dict[str, Any] = {}
         if self.model is not None:
             state["model"] = get_model_state_dict(self.model)
@@ -97,6 +133,8 @@ class Registered:
                 set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         for name, thing in self.extra.items():
             thing.load_state_dict(state["extra"][name])
+        for number, each in enumerate(self.compression):
+            each.take(state.get(f"compression{number}", {}))
 
 
 def check_fit(model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None) -> None:
