@@ -214,6 +214,22 @@ def test_a_step_that_stands_is_not_saved_again_and_a_damaged_one_is(bucket: Obje
     assert f"step-5.r1/{MANIFEST_NAME}.invalid-1" in names(bucket)
 
 
+def test_a_second_save_of_a_step_that_fails_leaves_the_first_one_alone(bucket: ObjectPath) -> None:
+    """Both have one name, and a save that fails removes what it has written."""
+    save(bucket, 5)
+    with pytest.raises(SaveFailed, match="no memory"):
+        saver(bucket).save(state_of(5.0), 5, problem=MemoryError("no memory"))
+    for fault in (("list", "run"), ("get", MANIFEST_NAME), ("get", DATA)):
+        fail_on(*fault)
+        with pytest.raises(SaveFailed):
+            save(bucket, 5)
+    heal()
+    Flaky.hidden = staticmethod(lambda _key: True)
+    assert not saver(bucket).save(state_of(5.0), 5).fresh
+    Flaky.hidden = staticmethod(lambda _key: False)
+    assert newest(bucket) == (5, 1)
+
+
 def test_of_two_rounds_of_one_step_the_newer_counts(bucket: ObjectPath) -> None:
     """Round 1 was frozen behind its fence, and put its manifest after round 2 had saved the step."""
     late = saver(bucket, round_number=1)

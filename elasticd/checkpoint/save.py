@@ -182,7 +182,7 @@ class Saver:
             log.warning("elasticd: old checkpoints were not removed: %s", error)
 
     def _clear(self, writer: _Writer, temporary: Location) -> None:
-        if writer.is_coordinator:
+        if writer.began:  # otherwise, in an object store, what has that name may be a checkpoint that stands
             storage.give_up(temporary, self._disk)
 
 
@@ -264,6 +264,8 @@ class _Writer(FileSystemWriter):
         self.transforms = self._items = _Items()
         self._disk, self._problem, self._confirm = disk, problem, confirm
         self.is_coordinator = False
+        #: Whether what is at the path is this save's to remove.
+        self.began = False
         self._temporary, self._step, self._origin = path, step, origin
         self._world_size = 0
 
@@ -281,6 +283,7 @@ class _Writer(FileSystemWriter):
             raise self._problem
         if self.is_coordinator:
             _make_way(self._temporary.parent, self._step, self._origin, self._disk)
+            self.began = True
             storage.begin(self._temporary.parent, self._step, self._origin.round_number, self._disk)
         return plan
 
@@ -340,7 +343,10 @@ class _Writer(FileSystemWriter):
 
 def _make_way(directory: Location, step: int, origin: Origin, disk: Disk) -> None:
     """A step that is already there stays when it verifies; a damaged or late one gives up its name."""
-    for final in storage.of_step(directory, step):
+    there, ours = storage.of_step(directory, step), storage.final_path(directory, step, origin.round_number)
+    if ours not in there and storage.is_there(ours):  # a listing may be stale
+        there.insert(0, ours)
+    for final in there:
         _look_at(final, origin, disk)
 
 
