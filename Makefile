@@ -26,7 +26,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check elasticd tests dashboards
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.ready ## side by side with torchrun; about 20 minutes
+bench: $(VENV)/.ready ## side by side with torchrun; about 45 minutes
 	$(PY) -m elasticd.bench
 
 clean:

@@ -27,7 +27,7 @@ from elasticd.errors import ElasticdError
 
 WORLDS = (1, 2)
 #: GB of state, and how many turns.
-SIZES = {1: 5, 4: 3}
+SIZES = {1: 5, 4: 5}
 SCRATCH = "/var/tmp"  # noqa: S108 - a directory of its own is made there
 TIMEOUT_S = 280.0
 
