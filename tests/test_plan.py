@@ -275,8 +275,18 @@ def test_a_change_of_speed_is_followed_with_the_third_exchange_and_noise_is_not(
         exchange(at, true)
     assert changes, "the change was not followed"
     assert max(changes) <= 22, changes
+    assert not speeds.unsettled, "the ranks would talk in a hurry for ever"
     ideal = count / sum(1 / each for each in true)
     assert step_seconds(shares, true) <= ideal * (1 + WORTHWHILE) + max(true)
+
+
+def test_speeds_are_unsettled_until_there_are_enough_windows_and_while_the_last_one_is_far_off() -> None:
+    speeds, heard = Speeds(2), []
+    for slow in (0.1, 0.1, 0.1, 0.11, 0.2, 0.1, 0.2, 0.2, 0.2, 0.2):
+        speeds.add([0.1, slow])
+        heard.append(speeds.unsettled)
+    steady, outlier, change = [True, True, False, False], [True, False], [True, True, True, False]
+    assert heard == steady + outlier + change
 
 
 @given(seconds=st.lists(st.floats(0.01, 10), min_size=1, max_size=6), each=st.integers(1, 20))

@@ -25,6 +25,8 @@ from statistics import fmean, median
 from elasticd.core.plan import Shares, equal_shares, weighted_shares
 
 WINDOWS = 8
+#: So many windows since a change of speed say what there is to say, about.
+SETTLED = 3
 #: Far off: slower or faster than is usual for this rank by this factor.
 FAR_OFF = 1.4
 #: A step must get shorter by this part for shares to change: less is within what is measured by chance.
@@ -82,6 +84,11 @@ class Speeds:
             for windows, seen in zip(self._windows, self._seen, strict=True)
         ]
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether the next window may say something new: one is young, or its last window was far off."""
+        return any(len(windows) < SETTLED or not _is_near(windows[-1], median(windows)) for windows in self._windows)
+
 
 def _has_changed(windows: Sequence[float]) -> bool:
     """Whether the last two are both far off what was usual before, to the same side."""
@@ -93,8 +100,12 @@ def _has_changed(windows: Sequence[float]) -> bool:
 
 def _usual(windows: Sequence[float]) -> float:
     middle = median(windows)
-    near = [each for each in windows if middle / FAR_OFF <= each <= middle * FAR_OFF or len(windows) < 3]
+    near = [each for each in windows if _is_near(each, middle) or len(windows) < 3]
     return fmean(near) if near else middle  # half of them fast and half slow, and none between
+
+
+def _is_near(seconds: float, usual: float) -> bool:
+    return usual / FAR_OFF <= seconds <= usual * FAR_OFF
 
 
 def is_measure(seconds: float) -> bool:

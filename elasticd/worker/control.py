@@ -5,9 +5,9 @@ the step's work. All ranks see the same result for the same step: that is the wh
 many were begun goes along, both ways round, so that a rank that repeated or left out a step is found out. A rank that
 died makes it raise on the others within milliseconds; a silent one makes it wait, which is the daemon's to notice.
 
-It costs about a millisecond on a busy machine, so short steps do without: how long a step takes is agreed upon too, and
-with it the step of the next exchange. One more number of each rank's own goes along, for all to see (shares.py says
-how fast the rank is).
+It costs a millisecond of CPU time on each rank (gloo wakes two threads of it several times), so short steps do
+without: how long a step takes is agreed upon too, and with it the step of the next exchange. One more number of each
+rank's own goes along, for all to see (shares.py says how fast the rank is).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from elasticd.errors import StepsDiverged
 from elasticd.worker.world import make_side_group
 
 #: How often the ranks talk, about; a step that is longer than this has an exchange of its own.
-EXCHANGE_EVERY_S = 0.2
+EXCHANGE_EVERY_S = 0.5
+#: The same, while speeds have changed and shares are to follow.
+HURRIED_EVERY_S = 0.2
 MAX_STEPS_APART = 20
 
 
@@ -41,20 +43,23 @@ class Control:
         self.told: list[int] = []
         #: What the stop that was agreed on asks of the state (core.memory.Need): the most that any rank wanted.
         self.stop_need = 0
-        self._next_exchange = 0
+        #: The earliest steps of the next exchange: usually, and in a hurry.
+        self._next = self._next_hurried = 0
         self._last_exchange: tuple[int, float] | None = None  # (step, when it began)
 
-    def start(self, step: int, *, stop_wanted: int, due: bool, own: Callable[[], int] = lambda: 0) -> None:
+    def start(
+        self, step: int, *, stop_wanted: int, due: bool, hurried: bool = False, own: Callable[[], int] = lambda: 0
+    ) -> None:
         """``stop_wanted``: 0 for no stop, or what one asks for. ``due``: an exchange must be had, whatever the time.
 
-        The same on all ranks, as ``step`` is. ``own`` is called when there is one: what this rank tells the others, not
-        negative.
+        ``step``, ``due`` and ``hurried`` are the same on all ranks. ``own`` is called when there is an exchange: what
+        this rank tells the others, not negative.
         """
         self._begun += 1
         self._work = None
         if self.group is None:
             self._said[0] = stop_wanted
-        elif due or step >= self._next_exchange:
+        elif due or step >= (self._next_hurried if hurried else self._next):
             owns = [0] * self._world_size
             owns[self._rank] = own()
             said = [int(stop_wanted), self._step_us(step), step, -step, self._begun, -self._begun, *owns]
@@ -85,7 +90,8 @@ class Control:
                 f"ranks are in steps {-first} to {last}, and have begun {-least} to {most}: a block that raised was "
                 "tried again on some of them only"
             )
-        self._next_exchange = step + max(1, min(MAX_STEPS_APART, int(1e6 * EXCHANGE_EVERY_S) // max(1, step_us)))
+        self._next = step + _steps_in(EXCHANGE_EVERY_S, step_us)
+        self._next_hurried = step + _steps_in(HURRIED_EVERY_S, step_us)
         return bool(self.stop_need), blocked_s
 
     def _step_us(self, step: int) -> int:
@@ -94,3 +100,7 @@ class Control:
             return int(1e6 * EXCHANGE_EVERY_S)
         then, at = self._last_exchange
         return int(1e6 * (time.monotonic() - at) / max(1, step - then))
+
+
+def _steps_in(seconds: float, step_us: int) -> int:
+    return max(1, min(MAX_STEPS_APART, int(1e6 * seconds) // max(1, step_us)))

@@ -27,7 +27,7 @@ from elasticd.errors import ChannelClosed, ProtocolError
 log = logging.getLogger(__name__)
 
 #: Each wakes a thread here and the daemon there. Nothing is lost between: what a report says is folded (Folded).
-MAX_REPORTS_PER_S = 5.0
+MAX_REPORTS_PER_S = 2.0
 #: How often the daemon hears that a script is between two steps, so that it does not take it for stuck in one.
 PAUSE_REPORT_S = 10.0
 

@@ -75,6 +75,11 @@ class PlannedSteps:
         """Whether shares follow speed."""
         return self._shares.balanced
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether shares wait for more measures, on all ranks alike."""
+        return self._shares.unsettled
+
     # What the session does between steps.
 
     def use(self, registered: Registered, on_gradients: Callable[[], None]) -> None:

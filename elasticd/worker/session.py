@@ -420,8 +420,10 @@ class Session:
         self._checkpoints.check_copies()
         wanted = self._link.stop_need if self._link is not None else 0
         due = self._saves_at(self.step + 1)
-        own = self.planned.measure if self.planned is not None else lambda: as_told(self._busy.take())
-        self._control.start(self.step, stop_wanted=wanted, due=due, own=own)
+        planned = self.planned
+        own = planned.measure if planned is not None else lambda: as_told(self._busy.take())
+        hurried = planned is not None and planned.unsettled
+        self._control.start(self.step, stop_wanted=wanted, due=due, hurried=hurried, own=own)
 
     def abandon(self) -> None:
         self._set_in_step(False)

@@ -137,6 +137,11 @@ class CurrentShares:
                 pass
 
     @property
+    def unsettled(self) -> bool:
+        """Whether the next measures may change the shares: the same on all ranks."""
+        return self.balanced and self._speeds.unsettled
+
+    @property
     def _unit(self) -> str:
         """What a share belongs to, as people call it."""
         return "rank" if self._arranged.layout.replica_size == 1 else "replica"
