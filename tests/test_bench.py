@@ -9,7 +9,7 @@ import pytest
 
 from elasticd.bench import __main__ as bench
 from elasticd.bench import checkpoint, memory
-from elasticd.bench.balance import BEFORE, SETTLING, percent_missing, read_run
+from elasticd.bench.balance import BEFORE, SETTLING, percent_missing, read_release, read_run
 from elasticd.bench.compression import WARM_UP, read_steps
 from elasticd.bench.figures import ELASTICD, TUNED, Figure, Goal, all_hold
 from elasticd.bench.idle import Usage, all_linked, cpu_percent
@@ -152,6 +152,14 @@ def test_shares_have_settled_when_they_no_longer_differ_by_more_than_one() -> No
     assert run.steps_per_second == pytest.approx(4)
     with pytest.raises(ValueError, match="only 12 steps after"):
         read_run(lines[: 2 * (BEFORE + SETTLING)], slowed_at)
+
+
+def test_shares_that_have_not_followed_a_node_that_is_fast_again_are_no_figure() -> None:
+    shares = [16, 16, 15, 12, 12, 12]
+    lines = [{"t": float(step), "rank": 0, "step": step, "share": share} for step, share in enumerate(shares)]
+    assert read_release(lines, released_at=0.5, slow_share=16) == 2
+    with pytest.raises(ValueError, match="not followed in 2 steps"):
+        read_release(lines[:3], released_at=0.5, slow_share=15)
 
 
 def test_what_two_nodes_reach_is_held_against_the_sum_of_both() -> None:

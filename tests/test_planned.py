@@ -367,7 +367,7 @@ def test_a_node_that_is_held_to_a_quarter_of_its_cpu_gives_work_away() -> None:
     """By its control group, in mid-run: what that is worth is the bench's to say."""
     if cgroups.v1_root("cpu") is None:
         pytest.skip("no cpu controller of cgroup version 1")
-    lines, slowed_at = train("session", (FAST, SLOW / 2), 16, micro_batches=24)
+    lines, (slowed_at,) = train("session", (FAST, SLOW / 2), 16, micro_batches=24)
     # The most, not the last: while something else runs on this machine, the fast node is slow too.
     assert max(line["share"] for line in lines if line["rank"] == 0 and line["t"] > slowed_at) >= 14
 

@@ -37,7 +37,7 @@ WORKERS = 2
 MICRO_BATCHES = 8
 #: Per rank, of the steps that compute next to nothing.
 FEW, MANY = 2, 16
-RUN_TIMEOUT_S = 150.0
+RUN_TIMEOUT_S = 300.0
 AGAIN = "plain DDP again"
 EXACT = f"{ELASTICD}, exact mode"
 
@@ -68,19 +68,19 @@ def cost_of(lines: Iterable[Mapping[str, Any]], way: str, plain: str) -> Cost:
 
 
 def measure(options: Options) -> list[Figure]:
-    blocks = 10 if options.quick else 40
+    blocks, many = (10, 10) if options.quick else (40, 120)
     costs: dict[str, list[Cost]] = defaultdict(list)
     micro_batch_us, step_us = list[float](), list[float]()
     for _ in range(options.ours(4)):
-        lines = run(("plain", "again", "session"), blocks=blocks)
+        lines = run(("plain", "again", "session"), blocks=many)
         costs[ELASTICD].append(cost_of(lines, "session", "plain"))
         costs[AGAIN].append(cost_of(lines, "again", "plain"))
         with_loss = run(("plain+loss", "session+loss"), blocks=blocks)
         costs["loss"].append(cost_of(with_loss, "session+loss", "plain+loss"))
         costs[EXACT].append(cost_of(run(("plain", "exact"), blocks=blocks), "exact", "plain"))
-        few, many = (tiny_us(count, blocks) for count in (FEW, MANY))
-        micro_batch_us.append((many - few) / (MANY - FEW))
-        step_us.append(few - FEW * micro_batch_us[-1])
+        of_few, of_many = (tiny_us(count, blocks) for count in (FEW, MANY))
+        micro_batch_us.append((of_many - of_few) / (MANY - FEW))
+        step_us.append(of_few - FEW * micro_batch_us[-1])
         told = ", ".join(
             f"{name} {of[-1].percent:+.2f} % (CPU {of[-1].cpu_percent:+.2f} %)" for name, of in costs.items()
         )
