@@ -769,7 +769,7 @@ def test_a_daemon_that_talks_nonsense_is_left(daemon: FakeDaemon, nonsense: byte
 
 def pause_between_steps() -> None:
     """Run by a rank: a long step, and then a long time between two steps."""
-    link.PAUSE_REPORT_S = 0.05
+    link.PAUSE_REPORT_S, link.MAX_REPORTS_PER_S = 0.05, 5.0
     with Session() as session:
         for step in session.steps(until=4):
             with step:
