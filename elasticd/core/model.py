@@ -146,7 +146,7 @@ class Member:
     ``round_number`` is the round that ``state`` speaks of: FAILED and SUCCEEDED are about the workers of that round;
     READY says that the member can enter any later round. ``store_port`` is where its rendezvous store for the next
     round already listens (0: none yet). ``unreachable``: lives of nodes that this member's own links have lost, and
-    that hold no seat now: they are not let in beside it before its link is up again. ``trouble``: of a GPU, "" for none.
+    that hold no seat now: they are not let in beside it before its link is up again. ``trouble``: of a GPU, or "".
     """
 
     node_id: NodeId
