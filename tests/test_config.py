@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from elasticd.addresses import default_node_id, find_address, is_loopback
 from elasticd.config import (
     DaemonConfig,
     DetectionConfig,
@@ -18,15 +19,12 @@ from elasticd.config import (
     MetricsConfig,
     checked,
     config_for_run,
-    default_node_id,
-    find_address,
-    is_loopback,
     load_daemon,
     load_etcd,
-    load_job,
 )
 from elasticd.core.model import JobSpec, Topology
 from elasticd.errors import ConfigError
+from elasticd.job_file import load_job
 
 ETCD = '[etcd]\nendpoints = ["http://127.0.0.1:2379"]\n'
 JOB = 'id = "train-1"\ncommand = ["train.py", "--fast"]\n'

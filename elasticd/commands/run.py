@@ -22,10 +22,11 @@ from typing import Any
 import click
 
 from elasticd.cluster.embedded import EmbeddedEtcd
-from elasticd.config import NAME_PATTERN, DaemonConfig, LaunchOptions, config_for_run, load_daemon
+from elasticd.config import DaemonConfig, LaunchOptions, config_for_run, load_daemon
 from elasticd.core.model import JobId, JobSpec, Topology
 from elasticd.daemon.main import configure_logging, run_job
 from elasticd.errors import ConfigError, OperatorError
+from elasticd.toml_form import NAME_PATTERN
 
 DEFAULT_STOP_TIMEOUT_S = 5.0
 
