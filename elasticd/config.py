@@ -288,14 +288,17 @@ def config_for_run(
     node_id: str = "",
     links: LinksConfig | None = None,
     base: DaemonConfig | None = None,
+    memory_bytes: int | None = None,
 ) -> DaemonConfig:
     """A node that lives as long as one job: an id, ports and a folder of its own, so that several share a machine.
 
     Links are plain text unless ``links`` or ``base`` (a daemon's file) says otherwise, as torchrun's are.
+    ``memory_bytes``: for copies in RAM, instead of what ``base`` says.
     """
     known = base or DaemonConfig(node_id="", address="", etcd=EtcdConfig(endpoints=endpoints))
     place = address or known.address or find_address(endpoints)
     own = links or known.links
+    limit_bytes = known.memory.limit_bytes if memory_bytes is None else memory_bytes
     return checked(
         replace(
             known,
@@ -306,7 +309,7 @@ def config_for_run(
             log_dir="",
             links=replace(own, insecure=own.insecure or not own.tls),
             metrics=replace(known.metrics, address=place, port=0),
-            memory=replace(known.memory, port=0),
+            memory=replace(known.memory, port=0, limit_bytes=limit_bytes),
         )
     )
 

@@ -142,9 +142,8 @@ def _config(asked: dict[str, Any], endpoints: tuple[str, ...], folder: Path) -> 
         address=asked["local_addr"] or "",
         node_id=asked["node_id"],
         base=base,
+        memory_bytes=asked["memory_bytes"],
     )
-    if asked["memory_bytes"] is not None:
-        config = replace(config, memory=replace(config.memory, limit_bytes=asked["memory_bytes"]))
     if topology != Topology():
         config = replace(config, topology=topology)
     if not config.links.tls and not config.is_on_loopback:
