@@ -240,7 +240,8 @@ class Machine:
 
     def _choose_job(self) -> Iterator[Effect]:
         me, fixed = self.node.node_id, self.settings.fixed_job
-        away = self.leaving_since is not None or me in self.view.cordoned or bool(self.trouble)
+        sick = bool(self.trouble) and not (fixed and fixed.max_nodes == 1)  # who is alone leaves his job to nobody
+        away = self.leaving_since is not None or me in self.view.cordoned or sick
         if self.stage is Stage.IDLE and not self._exited and self.view.loaded:
             spec = self._fixed_job(fixed) if fixed else self._open_job()
             if spec is not None and not away:
