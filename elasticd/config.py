@@ -1,34 +1,24 @@
 """Configuration: TOML, then environment, parsed once into frozen dataclasses. Errors name the field.
 
-Not here: the command line (cli.py). Units are in the names.
+Not here: the command line (cli.py), jobs (job_file.py). Units are in the names.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import platform
-import re
-import socket
 import ssl
-import tomllib
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field
 
-from elasticd.core.model import JobId, JobSpec, Topology
+from elasticd.addresses import default_node_id, find_address, is_loopback, is_unspecified
+from elasticd.core.model import Topology
 from elasticd.errors import ConfigError
-
-M = TypeVar("M", bound=BaseModel)
-#: Names of nodes and jobs: they are parts of keys in etcd and of file names.
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_NODES = re.compile(r"[0-9]+(:[0-9]+)?")
-_ENV_NAME = re.compile(r"[^=\0]+")
+from elasticd.toml_form import Form, checked_name, read_form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,41 +152,11 @@ class LaunchOptions:
 # --- the files' form ---
 
 
-def _name(value: str) -> str:
-    if not NAME_PATTERN.fullmatch(value):
-        raise ValueError(f"{value!r}: letters, digits, '.', '_' and '-' only, a letter or digit first, 63 at most")
-    return value
-
-
 def _name_or_none(value: str) -> str:
-    return _name(value) if value else value
+    return checked_name(value) if value else value
 
 
-def _node_range(value: str) -> str:
-    if not _NODES.fullmatch(value):
-        raise ValueError(f"{value!r} is not of the form MIN:MAX, or one number")
-    return value
-
-
-def _nproc(value: Any) -> str:
-    known = value in ("auto", "gpu", "cpu") or (type(value) is int and value >= 1)
-    if not known:
-        raise ValueError(f"{value!r} is neither a number above 0 nor 'auto', 'gpu' or 'cpu'")
-    return str(value)
-
-
-def _variables(value: dict[str, str]) -> dict[str, str]:
-    for name, text in value.items():
-        if not _ENV_NAME.fullmatch(name) or "\0" in text:
-            raise ValueError(f"{name!r} cannot be an environment variable")
-    return value
-
-
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _NodeForm(_Form):
+class _NodeForm(Form):
     id: Annotated[str, AfterValidator(_name_or_none)] = ""
     address: str = ""
     peer_port: int = Field(default=7420, ge=0, le=65535)
@@ -209,7 +169,7 @@ class _NodeForm(_Form):
     history_file: str = ""
 
 
-class _EtcdForm(_Form):
+class _EtcdForm(Form):
     endpoints: list[str] = Field(default_factory=list)
     ca: str = ""
     cert: str = ""
@@ -218,33 +178,33 @@ class _EtcdForm(_Form):
     password_file: str = ""
 
 
-class _LinksForm(_Form):
+class _LinksForm(Form):
     ca: str = ""
     cert: str = ""
     key: str = ""
     insecure: bool = False
 
 
-class _MetricsForm(_Form):
+class _MetricsForm(Form):
     address: str = ""
     port: int = Field(default=7421, ge=0, le=65535)
     tls_cert: str = ""
     tls_key: str = ""
 
 
-class _DetectionForm(_Form):
+class _DetectionForm(Form):
     heartbeat_s: float = Field(default=0.1, gt=0, le=10)
     dead_after_s: float = Field(default=0.5, gt=0, le=60)
     lease_ttl_s: int = Field(default=5, ge=2, le=300)
 
 
-class _MemoryForm(_Form):
+class _MemoryForm(Form):
     limit_bytes: int | None = Field(default=None, ge=0)
     folder: str = "/dev/shm"  # noqa: S108 - it is there to be shared
     port: int | None = Field(default=None, ge=0, le=65535)
 
 
-class _StragglersForm(_Form):
+class _StragglersForm(Form):
     enabled: bool = True
     eviction_budget: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     eviction_window_s: int = Field(default=3600, ge=1)
@@ -252,7 +212,7 @@ class _StragglersForm(_Form):
     quarantine_s: int = Field(default=3600, ge=1)
 
 
-class _DaemonForm(_Form):
+class _DaemonForm(Form):
     node: _NodeForm = Field(default_factory=_NodeForm)
     etcd: _EtcdForm = Field(default_factory=_EtcdForm)
     links: _LinksForm = Field(default_factory=_LinksForm)
@@ -262,33 +222,9 @@ class _DaemonForm(_Form):
     stragglers: _StragglersForm = Field(default_factory=_StragglersForm)
 
 
-class _JobForm(_Form):
-    id: Annotated[str, AfterValidator(_name)]
-    nodes: Annotated[str, AfterValidator(_node_range)] = ""
-    min_nodes: int = Field(default=1, ge=1)
-    max_nodes: int | None = Field(default=None, ge=1)
-    nproc_per_node: Annotated[Any, AfterValidator(_nproc)] = 1
-    command: list[str] = Field(min_length=1)
-    module: bool = False
-    no_python: bool = False
-    max_restarts: int = Field(default=3, ge=0)
-    working_dir: str = ""
-    env: Annotated[dict[str, str], AfterValidator(_variables)] = Field(default_factory=dict)
-    user: str = ""
-    log_dir: str = ""
-    warm: bool = True
-    stop_timeout_s: float = Field(default=5.0, ge=0, le=3600)
-    boundary_timeout_s: float = Field(default=30.0, ge=0, le=3600)
-    spares: int = Field(default=1, ge=0)
-    ranks_per_replica: int = Field(default=1, ge=1)
-    stragglers: bool = True
-    straggler_factor: float = Field(default=1.5, gt=1, allow_inf_nan=False)
-    straggler_after_s: float = Field(default=60.0, ge=0, allow_inf_nan=False)
-
-
 def load_daemon(path: str, environment: Mapping[str, str] = os.environ) -> DaemonConfig:
     """A daemon's configuration from a TOML file, overridden by ELASTICD_NODE_ID, _ADDRESS and _ENDPOINTS."""
-    form = _parse(_DaemonForm, _read(path), path)
+    form = read_form(_DaemonForm, path)
     etcd = _choose_etcd(path, form.etcd, environment.get("ELASTICD_ENDPOINTS", ""))
     node = form.node
     config = DaemonConfig(
@@ -322,7 +258,7 @@ def load_etcd(path: str, endpoints: str = "") -> EtcdConfig:
 
     ConfigError when the file is wrong, or nothing names an endpoint.
     """
-    form = _parse(_DaemonForm, _read(path), path).etcd if path else _EtcdForm()
+    form = read_form(_DaemonForm, path).etcd if path else _EtcdForm()
     return _choose_etcd(path, form, endpoints)
 
 
@@ -352,14 +288,17 @@ def config_for_run(
     node_id: str = "",
     links: LinksConfig | None = None,
     base: DaemonConfig | None = None,
+    memory_bytes: int | None = None,
 ) -> DaemonConfig:
     """A node that lives as long as one job: an id, ports and a folder of its own, so that several share a machine.
 
     Links are plain text unless ``links`` or ``base`` (a daemon's file) says otherwise, as torchrun's are.
+    ``memory_bytes``: for copies in RAM, instead of what ``base`` says.
     """
     known = base or DaemonConfig(node_id="", address="", etcd=EtcdConfig(endpoints=endpoints))
     place = address or known.address or find_address(endpoints)
     own = links or known.links
+    limit_bytes = known.memory.limit_bytes if memory_bytes is None else memory_bytes
     return checked(
         replace(
             known,
@@ -370,7 +309,7 @@ def config_for_run(
             log_dir="",
             links=replace(own, insecure=own.insecure or not own.tls),
             metrics=replace(known.metrics, address=place, port=0),
-            memory=replace(known.memory, port=0),
+            memory=replace(known.memory, port=0, limit_bytes=limit_bytes),
         )
     )
 
@@ -378,7 +317,7 @@ def config_for_run(
 def checked(config: DaemonConfig) -> DaemonConfig:
     """The same, if its parts fit together; ConfigError with the field otherwise."""
     try:
-        _name(config.node_id)
+        checked_name(config.node_id)
     except ValueError as error:
         raise ConfigError(f"node.id {error}") from error
     if is_unspecified(config.address):
@@ -396,115 +335,3 @@ def checked(config: DaemonConfig) -> DaemonConfig:
             "or links.insecure = true"
         )
     return replace(config, metrics=replace(config.metrics, address=config.metrics.address or config.address))
-
-
-def load_job(path: str) -> JobSpec:
-    """A job file as a spec. ConfigError names the field that is wrong."""
-    form = _parse(_JobForm, _read(path), path)
-    low, high = _nodes(path, form)
-    if isinstance(form.nproc_per_node, int):
-        check_replicas(f"{path}: ranks_per_replica: ", form.ranks_per_replica, form.nproc_per_node, low, high)
-    return JobSpec(
-        job_id=JobId(form.id),
-        min_nodes=low,
-        max_nodes=high,
-        command=tuple(form.command),
-        nproc_per_node=str(form.nproc_per_node),
-        is_module=form.module,
-        no_python=form.no_python,
-        max_restarts=form.max_restarts,
-        working_dir=form.working_dir,
-        env=tuple(sorted(form.env.items())),
-        user=form.user,
-        log_dir=form.log_dir,
-        warm=form.warm,
-        stop_timeout_s=form.stop_timeout_s,
-        boundary_timeout_s=form.boundary_timeout_s,
-        spares=form.spares,
-        ranks_per_replica=form.ranks_per_replica,
-        straggler_factor=form.straggler_factor if form.stragglers else 0.0,
-        straggler_after_s=form.straggler_after_s,
-    )
-
-
-def check_replicas(where: str, per_replica: int, nproc: int, low: int, high: int) -> None:
-    """ConfigError when no number of nodes from ``low`` to ``high``, with ``nproc`` ranks each, makes whole replicas."""
-    if not any(nodes * nproc % per_replica == 0 for nodes in range(low, min(high, low + per_replica - 1) + 1)):
-        nodes = f"{low}" if low == high else f"{low} to {high}"
-        raise ConfigError(
-            f"{where}{nodes} nodes with {nproc} ranks each never make whole replicas of {per_replica} ranks"
-        )
-
-
-def _nodes(path: str, form: _JobForm) -> tuple[int, int]:
-    """(minimum, maximum), said in one of two ways."""
-    if not form.nodes:
-        low, high = form.min_nodes, form.max_nodes or form.min_nodes
-        if low > high:
-            raise ConfigError(f"{path}: min_nodes: {low} is above max_nodes, which is {high}")
-        return low, high
-    if form.model_fields_set & {"min_nodes", "max_nodes"}:
-        raise ConfigError(f"{path}: nodes: says the same as min_nodes and max_nodes; leave one of them out")
-    first, _, last = form.nodes.partition(":")
-    low, high = int(first), int(last or first)
-    if not 1 <= low <= high:
-        raise ConfigError(f"{path}: nodes: the minimum {low} is above the maximum {high}, or below 1")
-    return low, high
-
-
-def default_node_id() -> str:
-    """The host's name, with what a node id cannot hold replaced."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", platform.node())[:63] or "node"
-
-
-def find_address(endpoints: tuple[str, ...]) -> str:
-    """This host's address on the way to etcd. Connecting a datagram socket sends nothing."""
-    for endpoint in endpoints:
-        parts = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
-        try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((parts.hostname or "127.0.0.1", parts.port or 2379))
-                return str(probe.getsockname()[0])
-        except OSError:
-            continue
-    return "127.0.0.1"
-
-
-def is_unspecified(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_unspecified
-    except ValueError:
-        return not address
-
-
-def is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        with Path(path).open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
-
-
-def _parse(form: type[M], plain: dict[str, Any], path: str) -> M:
-    try:
-        return form.model_validate(plain)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(path, one) for one in error.errors())) from error
-
-
-def _explain(path: str, error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{path}: {where}: unknown key"
-    if error["type"] == "value_error":
-        return f"{path}: {where}: {error['ctx']['error']}"
-    return f"{path}: {where}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -27,7 +27,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from elasticd.channel import Channel, Message
 from elasticd.cluster.jobs import prepare_job
-from elasticd.config import NAME_PATTERN, DaemonConfig, LinksConfig, config_for_run
+from elasticd.config import DaemonConfig, LinksConfig, config_for_run
 from elasticd.core.machine import Machine
 from elasticd.core.messages import Report, ShutdownRequested
 from elasticd.core.model import Capacity, JobId, JobSpec, NodeId
@@ -35,6 +35,7 @@ from elasticd.daemon.main import describe_node, make_setup, make_store
 from elasticd.daemon.node import NodeLoop
 from elasticd.errors import ConfigError, OperatorError, StoreUnavailable
 from elasticd.supervisor.handler import DaemonRendezvousHandler
+from elasticd.toml_form import NAME_PATTERN
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import ssl
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from elasticd.addresses import default_node_id, find_address, is_loopback
 from elasticd.config import (
     DaemonConfig,
     DetectionConfig,
@@ -18,15 +20,12 @@ from elasticd.config import (
     MetricsConfig,
     checked,
     config_for_run,
-    default_node_id,
-    find_address,
-    is_loopback,
     load_daemon,
     load_etcd,
-    load_job,
 )
 from elasticd.core.model import JobSpec, Topology
 from elasticd.errors import ConfigError
+from elasticd.job_file import load_job
 
 ETCD = '[etcd]\nendpoints = ["http://127.0.0.1:2379"]\n'
 JOB = 'id = "train-1"\ncommand = ["train.py", "--fast"]\n'
@@ -269,6 +268,16 @@ def test_a_node_of_one_run_shares_a_machine_with_others() -> None:
     base = DaemonConfig(node_id="n", address="10.0.0.1", links=LinksConfig(ca="/a", cert="/b", key="/c"))
     of_base = config_for_run(("http://127.0.0.1:1",), run_dir="/tmp/c", base=base)
     assert of_base.links == base.links  # a file that demands certificates is not weakened
+
+
+@pytest.mark.parametrize(("in_file", "by_flag", "allowed"), [(None, 0, True), (0, 1 << 30, False), (0, None, True)])
+def test_the_folder_of_copies_is_asked_for_as_the_flag_would_have_them(
+    in_file: int | None, by_flag: int | None, allowed: bool
+) -> None:
+    memory = MemoryConfig(limit_bytes=in_file, folder="/no/such")
+    base = DaemonConfig(node_id="n", address="127.0.0.1", memory=memory)
+    with contextlib.nullcontext() if allowed else pytest.raises(ConfigError, match=r"memory\.folder /no/such"):
+        config_for_run(("http://127.0.0.1:1",), run_dir="/tmp/d", base=base, memory_bytes=by_flag)
 
 
 def test_checked_changes_nothing_that_was_said() -> None:

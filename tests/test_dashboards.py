@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 import urllib.parse
 import urllib.request
@@ -50,13 +49,9 @@ def promtool(*arguments: str, folder: Path = FOLDER) -> tuple[bool, str]:
 # --- the files ---
 
 
-def test_the_dashboard_is_what_the_script_writes() -> None:
-    spec = importlib.util.spec_from_file_location("generate", FOLDER / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    sys.modules["generate"] = generate  # dataclasses look there
-    spec.loader.exec_module(generate)
+def test_the_dashboard_is_what_the_script_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    generate = importlib.import_module("generate")
     assert generate.dashboard() == DASHBOARD, "run python dashboards/generate.py"
 
 

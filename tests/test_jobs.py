@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -80,6 +80,16 @@ def test_an_abandoned_run_with_other_limits_is_refused_until_it_is_cancelled(sto
     held = read_view(store).job(JOB).spec
     assert held is not None
     assert held.value.max_nodes == 3
+
+
+@pytest.mark.parametrize("ask", [submit_job, prepare_job, lambda store, spec: cancel_job(store, spec.job_id)])
+def test_a_job_of_a_newer_version_is_refused_by_the_name_of_its_record(
+    store: MemoryStore, ask: Callable[[MemoryStore, JobSpec], None]
+) -> None:
+    store.put(keys.spec(JOB), to_json(RUN))
+    store.put(keys.round_(JOB), '{"number":1,"phase":"paused","cause":"join"}')
+    with pytest.raises(JobRefused, match=r"jobs/gpt/round cannot be read \(Round.phase: 'paused' is not a Phase\)"):
+        ask(store, RUN)
 
 
 def test_a_quarantine_is_shown_with_its_reason_and_ends_when_the_operator_says_so(store: MemoryStore) -> None:

@@ -9,6 +9,9 @@ from simulation import Sim
 
 from elasticd.core import keys, messages
 from elasticd.core.model import Cause, JobId, JobSpec, NodeId, Phase
+from elasticd.core.records import to_json
+from elasticd.core.stages import Stage
+from elasticd.core.view import Entry
 
 
 def spec(minimum: int = 1, maximum: int = 8, **more: object) -> JobSpec:
@@ -207,6 +210,29 @@ def test_a_drained_node_leaves_and_comes_back() -> None:
     assert sim.run(5, lambda: len(sim.world()) == 3)
 
 
+def test_a_run_whose_node_was_drained_ends_with_its_job() -> None:
+    sim = cluster("abc", sessions=True)
+    sim.store.apply({keys.drain(NodeId("b")): ("1", 0)}, [])
+    assert sim.run(5, lambda: sorted(sim.world()) == ["a", "c"] and sim.nodes["b"].machine.task is None)
+    assert sim.nodes["b"].exit_status is None  # it may yet be let in again
+    sim.succeed()
+    assert sim.run(5, lambda: all(node.exit_status == 0 for node in sim.nodes.values()))
+
+
+def test_a_round_that_cannot_be_read_is_left_alone() -> None:
+    """A newer daemon wrote it: it is no store that came back empty, to be written to over and over."""
+    sim = cluster("abc")
+    newer = to_json(sim.round()).replace('"running"', '"paused"')
+    revision = sim.store.revision + 1
+    changed = messages.KeysChanged(
+        entries=(Entry(key=keys.round_(JobId("job")), value=newer, mod_revision=revision),), revision=revision
+    )
+    for node in sim.nodes.values():
+        effects = node.machine.handle(changed, sim.now) + node.machine.handle(messages.Ticked(), sim.now + 5)
+        assert not [effect for effect in effects if isinstance(effect, messages.ProposeRound)]
+        assert node.machine.stage is Stage.RUNNING
+
+
 def test_a_node_that_shuts_down_leaves_in_order() -> None:
     from elasticd.core.messages import ShutdownRequested
 
@@ -254,8 +280,6 @@ def test_different_versions_of_torch_in_a_world_are_told() -> None:
 
 
 def test_idle_daemons_take_a_submitted_job() -> None:
-    from elasticd.core.records import to_json
-
     sim = Sim(1, spec=spec(minimum=2, maximum=2, spares=1))
     for name in "abc":
         sim.add(name, fixed=False)

@@ -1,59 +1,27 @@
-"""What the metrics say: names and units, one node in a simulated cluster, a real loop behind the real endpoint."""
+"""What the metrics say: names and units, and one node in a simulated cluster; behind HTTP: test_metrics_endpoint.py."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-import logging
 import re
-import shutil
-import subprocess
-import sys
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import need
-from fake_gpus import ECC, HEALTHY, FakeGpus, why_not_fake_gpus
 from prometheus_client import CollectorRegistry
-from prometheus_client.openmetrics import parser as openmetrics
-from prometheus_client.parser import text_string_to_metric_families
 from simulation import Sim
-from test_node_loop import Agent, eventually
 
-from elasticd.channel import encode
-from elasticd.cluster.embedded import EmbeddedEtcd
-from elasticd.cluster.etcd import EtcdStore
-from elasticd.cluster.peers import LinkSettings
 from elasticd.config import DaemonConfig, MetricsConfig
 from elasticd.core import messages
-from elasticd.core.machine import Settings
 from elasticd.core.messages import Report
-from elasticd.core.model import Capacity, Cause, Gpu, JobId, JobSpec, NodeId, Phase, Round, Topology
+from elasticd.core.model import Capacity, Cause, JobId, JobSpec, NodeId, Phase, Round
 from elasticd.daemon.main import describe_node
-from elasticd.daemon.node import NodeLoop, Setup
-from elasticd.daemon.observer import JobMetrics, MetricsService, Tracker
+from elasticd.daemon.observer import JobMetrics, Tracker
 from elasticd.metrics import definitions, training
-from elasticd.metrics.gpu import Gpus, GpuSample
-from elasticd.metrics.gpu_health import GpuHealth
 from elasticd.metrics.machine import target_groups
 from elasticd.metrics.recovery import Recovered, Recovery
 from elasticd.metrics.saving import SaveReport
 from elasticd.metrics.training import Steps, Training
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-def samples_of(text: str) -> Samples:
-    families = text_string_to_metric_families(text)
-    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
 
 
 # --- definitions ---
@@ -404,7 +372,9 @@ def test_what_saving_cost_is_counted_for_this_nodes_job_alone() -> None:
         assert watched.value("elasticd_checkpoint_saves_total", job_id="j", result=result) == count
 
 
-@pytest.mark.parametrize("wrong", [{"result": "lost"}, {"size_bytes": -1}, {"seconds": "soon"}, {"stall_seconds": 1e999}])
+@pytest.mark.parametrize(
+    "wrong", [{"result": "lost"}, {"size_bytes": -1}, {"seconds": "soon"}, {"stall_seconds": 1e999}]
+)
 def test_a_report_of_a_save_that_makes_no_sense_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises((TypeError, ValueError)):
         SaveReport.from_message({**SAVED, **wrong})
@@ -436,271 +406,3 @@ def test_service_discovery_names_every_node_of_the_view() -> None:
 def test_scrapers_are_sent_to_where_the_metrics_are(listens_on: str, target: str) -> None:
     config = DaemonConfig(node_id="m", address="10.0.0.1", metrics=MetricsConfig(address=listens_on, port=9))
     assert describe_node(config, Capacity(cpu_count=1, memory_bytes=1)).metrics_target == target
-
-
-# --- a real loop behind the real endpoint ---
-
-
-def fetch(port: int, path: str, accept: str = "") -> tuple[int, str]:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Accept": accept} if accept else {})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-class Host:
-    """A node loop with its metrics, as daemon/main.py joins them; the agent and the workers are the test's."""
-
-    def __init__(self, endpoint: str, folder: Path) -> None:
-        config = DaemonConfig(
-            node_id="m", address="127.0.0.1", topology=Topology(zone="z1", rack="r2"), metrics=MetricsConfig(port=0)
-        )
-        self.metrics = MetricsService(config)
-        self.port = self.metrics.listen()
-        node = describe_node(config, self.metrics.capacity)
-        spec = JobSpec(job_id=JobId("job"), min_nodes=1, max_nodes=1, command=("x",))
-        self.setup = Setup(
-            node=replace(node, peer_port=0, metrics_port=self.port),
-            settings=Settings(lease_ttl_s=2, fixed_job=spec),
-            links=LinkSettings(heartbeat_s=0.05, dead_after_s=0.4),
-            socket_path=folder / "m.sock",
-        )
-        self.agent = Agent(self.setup.socket_path)
-        self.loop = NodeLoop(self.setup, EtcdStore([endpoint]), self.agent, self.metrics)
-
-    async def get(self, path: str, accept: str = "") -> tuple[int, str]:
-        return await asyncio.get_running_loop().run_in_executor(None, fetch, self.port, path, accept)
-
-    def metrics_of_job(self, name: str) -> float | None:
-        families = self.metrics._tracker.families(self.loop.machine)
-        return next((s.value for family in families for s in family.samples if s.name == name), None)
-
-    async def worker(self, rank: int) -> Callable[..., None]:
-        """A training process: the function that it reports steps with."""
-        _, writer = await asyncio.open_unix_connection(str(self.setup.socket_path))
-        number = self.agent.rounds[-1][1]["number"]
-        writer.write(encode({"type": "worker_hello", "job": "job", "round": number, "rank": rank}))
-
-        def report(**message: Any) -> None:
-            writer.write(encode({"type": "step", "round": number, "step": 1, "seconds": 0.1, **message}))
-
-        return report
-
-
-@contextlib.asynccontextmanager
-async def host(endpoint: str, folder: Path) -> AsyncIterator[Host]:
-    made = Host(endpoint, folder)
-    try:
-        await made.loop.start()
-        made.metrics.attach(made.loop)
-        await eventually(lambda: bool(made.agent.rounds))
-        yield made
-    finally:
-        await made.loop.close()
-        made.metrics.close()
-
-
-@pytest.fixture(scope="module")
-def etcd(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with EmbeddedEtcd(tmp_path_factory.mktemp("etcd")) as etcd:
-        yield etcd
-
-
-def test_a_node_is_scraped_while_its_job_runs(etcd: EmbeddedEtcd, tmp_path: Path) -> None:
-    async def scenario() -> str:
-        async with host(etcd.endpoint, tmp_path) as node:
-            report = await node.worker(rank=0)
-            report(step=3, metrics={"loss": 2.5})
-            await eventually(lambda: node.metrics_of_job("elasticd_job_step") == 3)
-            status, text = await node.get("/metrics")
-            assert status == 200
-            _, newer = await node.get("/metrics", "application/openmetrics-text;version=1.0.0")
-            assert newer.endswith("# EOF\n")
-            assert {f.name for f in openmetrics.text_string_to_metric_families(newer)} >= {"elasticd_rank_steps"}
-            assert json.loads((await node.get("/healthz"))[1])["job_id"] == "job"
-            return text
-
-    text = asyncio.run(scenario())
-    seen = samples_of(text)
-    assert seen["elasticd_store_up", ()] == 1
-    assert 0 <= seen["elasticd_store_last_answer_age_seconds", ()] < 5
-    assert seen["elasticd_node_cpus", ()] > 0
-    assert seen["elasticd_node_memory_bytes", ()] == psutil.virtual_memory().total
-    assert seen["elasticd_process_start_time_seconds", ()] == pytest.approx(psutil.Process().create_time(), abs=1)
-    assert seen["elasticd_node_network_received_bytes_total", (("interface", "lo"),)] > 0
-    defined = {definition.name for definition in definitions.ALL}
-    exposed_names = {name for name, _ in seen}
-    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in exposed_names} <= defined
-    check_with_promtool(text)
-
-
-def check_with_promtool(text: str) -> None:
-    need("" if shutil.which("promtool") else "promtool not found: apt install prometheus")
-    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
-
-
-def test_what_a_script_sends_hurts_nobody_and_is_said_once(
-    etcd: EmbeddedEtcd, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def scenario() -> None:
-        async with host(etcd.endpoint, tmp_path) as node:
-            report = await node.worker(rank=0)
-            for wrong in ({"wait_seconds": "soon"}, {"metrics": {"loss": [1]}}, {"samples": -1}):
-                report(**wrong)
-            report(step=7)
-            await eventually(lambda: node.metrics_of_job("elasticd_job_step") == 7)
-
-    with caplog.at_level(logging.ERROR):
-        asyncio.run(scenario())
-    said = [record.getMessage() for record in caplog.records if record.name == "elasticd.daemon.observer"]
-    assert said == ["metrics: step is not counted (said once)"]
-
-
-def test_health_and_discovery_while_etcd_is_away(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        with EmbeddedEtcd(tmp_path / "etcd") as etcd:
-            async with host(etcd.endpoint, tmp_path) as node:
-                await eventually(lambda: node.loop.keeper.reachable)
-                assert json.loads((await node.get("/healthz"))[1])["store"] == "up"
-                before = json.loads((await node.get("/sd"))[1])
-                assert [group["targets"] for group in before] == [[f"127.0.0.1:{node.port}"]]
-                assert {k: before[0]["labels"][k] for k in ("node", "zone", "rack")} == {
-                    "node": "m", "zone": "z1", "rack": "r2"}  # fmt: skip
-                await asyncio.get_running_loop().run_in_executor(None, etcd.stop)
-                await eventually(lambda: not node.loop.keeper.reachable, 20)
-                status, text = await node.get("/healthz")
-                assert status == 200
-                assert json.loads(text)["store"].startswith("away")
-                assert json.loads((await node.get("/sd"))[1]) == before
-                assert samples_of((await node.get("/metrics"))[1])["elasticd_store_up", ()] == 0
-
-    asyncio.run(scenario())
-
-
-def test_a_daemon_that_hangs_or_has_not_started_is_not_healthy(etcd: EmbeddedEtcd, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with host(etcd.endpoint, tmp_path) as node:
-            with ThreadPoolExecutor() as pool:  # waited for in the loop's thread: it hangs for as long as they ask
-                asked = [pool.submit(fetch, node.port, path) for path in ("/healthz", "/sd", "/metrics")]
-                (health_status, health_text), (sd_status, _), (metrics_status, text) = [one.result() for one in asked]
-            assert (health_status, json.loads(health_text)["reason"]) == (503, "the daemon's loop does not answer")
-            assert sd_status == 503
-            assert metrics_status == 200
-            assert ("elasticd_node_cpus", ()) in samples_of(text)
-            assert ("elasticd_registered", ()) not in samples_of(text)
-
-    asyncio.run(scenario())
-    idle = MetricsService(DaemonConfig(node_id="m", address="127.0.0.1", metrics=MetricsConfig(port=0)))
-    port = idle.listen()
-    assert [fetch(port, path)[0] for path in ("/healthz", "/sd", "/metrics")] == [503, 503, 200]
-    idle.close()
-
-
-# --- GPUs ---
-
-READ_GPUS = """
-import json, os, sys
-from dataclasses import asdict
-from elasticd.metrics.gpu import Gpus
-gpus = Gpus()
-for line in sys.stdin:
-    print(json.dumps([asdict(sample) for sample in gpus.samples()]), flush=True)
-"""
-
-
-@pytest.fixture
-def fake_gpus(tmp_path: Path) -> FakeGpus:
-    need(why_not_fake_gpus())
-    return FakeGpus(tmp_path)
-
-
-def test_gpus_are_read_and_a_lost_one_stops_nothing(fake_gpus: FakeGpus) -> None:
-    fake_gpus.set(0, **HEALTHY, **ECC)
-    fake_gpus.set(1, **HEALTHY)  # no ECC
-    reader = subprocess.Popen(
-        [sys.executable, "-c", READ_GPUS], env=fake_gpus.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-
-    def samples() -> list[dict[str, Any]]:
-        assert reader.stdin is not None
-        assert reader.stdout is not None
-        print(file=reader.stdin, flush=True)
-        return json.loads(reader.stdout.readline())
-
-    try:
-        first, second = samples()
-        assert first["gpu"] == {"index": 0, "name": "Fake H100", "uuid": "GPU-fake-0", "memory_bytes": 80 << 30}
-        assert first["up"]
-        assert (first["utilization"], first["power_watts"], first["temperature_celsius"]) == (0.87, 350.0, 61)
-        assert (first["ecc_corrected"], first["ecc_uncorrected"]) == (3, 0)
-        assert (second["memory_used_bytes"], second["ecc_corrected"]) == (5 << 30, None)
-        for xid in (13, 79):  # a program's fault, and the hardware's
-            fake_gpus.set(1, **HEALTHY, xid=xid)
-            samples()
-        assert [each["xids"] for each in samples()] == [[], [13, 79]]
-        fake_gpus.set(1, lost=1)
-        first, second = samples()
-        assert first["up"]
-        assert not second["up"]
-        assert second["gpu"]["uuid"] == "GPU-fake-1"
-        fake_gpus.set(0, hang=1)
-        assert samples() == [first, second]  # the last answer has to do
-    finally:
-        reader.kill()
-        reader.communicate()
-
-
-def sample(index: int = 0, **answered: object) -> GpuSample:
-    gpu = Gpu(index=index, name="Fake H100", uuid=f"GPU-{index}", memory_bytes=1)
-    return GpuSample(gpu=gpu, **{"up": True, "ecc_uncorrected": 2, "remap_failed": False, **answered})
-
-
-@pytest.mark.parametrize(
-    ("later", "trouble"),
-    [
-        ({}, ""),
-        ({"ecc_uncorrected": 3}, "GPU 1 (GPU-1): 1 uncorrectable ECC errors since the daemon started"),
-        ({"ecc_uncorrected": 0}, ""),  # the driver was loaded anew
-        ({"ecc_uncorrected": None, "remap_failed": None}, ""),  # not supported
-        ({"remap_failed": True}, "GPU 1 (GPU-1): row remapping has failed"),
-        ({"temperature_celsius": 95.0}, ""),
-        ({"xids": (13, 31, 79)}, "GPU 1 (GPU-1): XID 79, GPU has fallen off the bus"),
-        ({"xids": (13, 31)}, ""),
-    ],
-)
-def test_what_makes_a_gpu_sick(later: dict[str, object], trouble: str) -> None:
-    health = GpuHealth()
-    assert health.judge([sample(0), sample(1)]) == ""
-    assert health.judge([sample(0), sample(1, **later)]) == trouble
-
-
-def test_a_gpu_is_lost_when_it_is_silent_for_a_while_and_no_longer_when_it_answers() -> None:
-    health = GpuHealth()
-    told = [health.judge([sample(up=up)]) for up in (True, False, False, True, False, False, False, False, True)]
-    assert [bool(trouble) for trouble in told] == [False] * 6 + [True, True, False]
-    assert "lost" in told[6]
-
-
-HAS_DRIVER = Path("/dev/nvidiactl").exists()
-
-
-@pytest.mark.skipif(HAS_DRIVER, reason="this machine has a driver")
-def test_without_a_driver_there_are_no_gpus(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", READ_GPUS], env={"LD_LIBRARY_PATH": str(tmp_path)}, input="\n", capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == "[]\n"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_DRIVER, reason="no NVIDIA driver")
-def test_real_gpus() -> None:
-    gpus = Gpus()
-    assert len(gpus.found) == len(list(Path("/dev").glob("nvidia[0-9]*")))
-    assert all(sample.up and sample.gpu.memory_bytes > 0 for sample in gpus.samples())
-    gpus.close()

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elasticd.checkpoint.manifest import Manifest
-from elasticd.core.model import JobSpec, Member, Node, Round
+from elasticd.core.model import Cause, JobSpec, Member, Node, NodeId, Round
 from elasticd.core.records import from_json, from_plain, to_json, to_plain
+from elasticd.core.rendezvous import count_restart
+from elasticd.core.stragglers import Grounds, Quarantine
 from elasticd.errors import ProtocolError
 
 KINDS: list[type] = [Node, JobSpec, Member, Round, Manifest]
@@ -88,6 +90,19 @@ def test_a_field_without_a_default_must_be_there(record: Any, data: st.DataObjec
 def test_what_is_no_round_is_refused_and_the_error_says_where(text: str, why: str) -> None:
     with pytest.raises(ProtocolError, match=why):
         from_json(Round, text)
+
+
+def test_a_cause_of_a_newer_version_is_read_and_written_again_as_it_is() -> None:
+    """A round that could not be read would be no round: rolling upgrades must stand new causes and grounds."""
+    text = '{"number":3,"phase":"running","cause":"moved","restarts":[["join",1],["moved",1]]}'
+    read = from_json(Round, text)
+    assert (read.cause, read.restarts_by(read.cause), read.restart_count) == ("moved", 1, 2)
+    assert json.loads(text).items() <= to_plain(read).items()
+    assert from_json(Round, to_json(read)) == read
+    again = count_restart(read, Cause.JOIN)
+    assert again == ((Cause.JOIN, 2), (read.cause, 1))
+    kept = Quarantine(node_id=NodeId("a"), grounds=Grounds("hot"), reason="hot", offences=1, seconds=60)
+    assert from_json(Quarantine, to_json(kept)) == kept
 
 
 def test_a_whole_number_may_stand_for_a_float_but_not_the_other_way() -> None:

@@ -89,16 +89,13 @@ def test_all_that_a_run_leaves_behind_goes_with_its_last_record(store: MemorySto
     for key, value in ((keys.spec(JOB), to_json(spec)), (keys.checkpoint(JOB), "{}"), (keys.cancel(JOB), "1")):
         store.put(key, value)
     last = Round(number=1, phase=Phase.CANCELLED, cause=Cause.CANCELLED)
-    keeper._carry_out(
-        messages.ProposeRound(
-            job_id=JOB,
-            round=last,
-            expected_mod_revision=0,
-            guards=(),
-            delete_keys=(keys.cancel(JOB),),
-            linger_s=60,
-        )
+    wanted = messages.ProposeRound(
+        job_id=JOB, round=last, expected_mod_revision=0, guards=(), delete_keys=(keys.cancel(JOB),), linger_s=60
     )
+    keeper._carry_out(wanted)
+    leases = set(store._leases)
+    keeper._carry_out(wanted)  # as another node would, a moment too late
+    assert set(store._leases) == leases
     left = {entry.key: entry.lease for entry in store.snapshot(keys.PREFIX).entries}
     assert set(left) == {keys.spec(JOB), keys.round_(JOB), keys.checkpoint(JOB)}
     assert 0 not in left.values()

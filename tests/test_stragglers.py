@@ -361,6 +361,16 @@ def test_a_spare_with_a_sick_gpu_takes_no_job() -> None:
     assert sim.run(20, lambda: spare in sim.world())
 
 
+def test_a_run_on_one_node_alone_has_no_other_than_the_one_with_the_sick_gpu() -> None:
+    """It would wait for ever: it runs, with a warning, as one whose GPU falls sick later does."""
+    sim = Sim(spec=spec(maximum=1))
+    sim.add("a")
+    assert sim.run(1, lambda: sim.nodes["a"].machine.task is not None)
+    sim.nodes["a"].post(messages.GpuTroubled(trouble="GPU 0: row remapping has failed"))
+    assert sim.run(10, lambda: sim.world() == ["a"])
+    assert events(sim, "gpu_trouble")
+
+
 def test_figures_that_cannot_be_are_said_once_and_decide_nothing() -> None:
     sim = cluster("abc")
     node = sim.nodes[sim.world()[0]]

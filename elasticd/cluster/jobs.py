@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from elasticd.cluster.store import Compare, Delete, KeyValue, Operation, Put, Store
 from elasticd.core import keys
 from elasticd.core.model import Cause, JobId, JobSpec, NodeId, Phase, Round
 from elasticd.core.records import from_json, to_json
 from elasticd.core.view import Entry, View
-from elasticd.errors import JobRefused
+from elasticd.errors import JobRefused, ProtocolError
+
+T = TypeVar("T")
 
 _TRIES = 3
 
@@ -60,7 +62,7 @@ def prepare_job(store: Store, spec: JobSpec) -> None:
         held = store.get(keys.spec(spec.job_id))
         if held is None:
             continue
-        other = from_json(JobSpec, held.value)
+        other = _parsed(JobSpec, held)
         if not other.by_run:
             raise JobRefused(f"job {spec.job_id!r} was submitted to daemons; use another --rdzv-id")
         phase = _phase(store, spec.job_id)
@@ -84,7 +86,7 @@ def cancel_job(store: Store, job_id: JobId) -> None:
         held, record = store.get(keys.spec(job_id)), store.get(keys.round_(job_id))
         if held is None:
             raise JobRefused(f"there is no job {job_id!r}; `elasticd status` shows the jobs that are")
-        current = from_json(Round, record.value) if record is not None else None
+        current = _parsed(Round, record) if record is not None else None
         if current is not None and current.phase.terminal:
             raise JobRefused(f"job {job_id!r} is over: {current.phase.value}")
         guards = [
@@ -131,12 +133,19 @@ def _create(store: Store, spec: JobSpec) -> bool:
     return store.txn([Compare(key=key, create_revision=0)], [Put(key=key, value=to_json(spec))]).succeeded
 
 
+def _parsed(kind: type[T], held: KeyValue) -> T:
+    try:
+        return from_json(kind, held.value)
+    except ProtocolError as error:
+        raise JobRefused(f"{held.key} cannot be read ({error}): another version of elasticd may hold it") from error
+
+
 def _phase(store: Store, job_id: JobId) -> Phase | None:
     """How the job ended; None while it has not."""
     record = store.get(keys.round_(job_id))
     if record is None:
         return None
-    phase = from_json(Round, record.value).phase
+    phase = _parsed(Round, record).phase
     return phase if phase.terminal else None
 
 

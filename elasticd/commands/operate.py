@@ -6,8 +6,8 @@ import click
 
 from elasticd.cluster.jobs import cancel_job, drain_node, submit_job, undrain_node
 from elasticd.commands.connect import open_cluster
-from elasticd.config import load_job
 from elasticd.core.model import JobId, NodeId
+from elasticd.job_file import load_job
 
 
 def submit_file(job_file: str, endpoints: str, config: str) -> int:

@@ -22,10 +22,11 @@ from typing import Any
 import click
 
 from elasticd.cluster.embedded import EmbeddedEtcd
-from elasticd.config import NAME_PATTERN, DaemonConfig, LaunchOptions, config_for_run, load_daemon
+from elasticd.config import DaemonConfig, LaunchOptions, config_for_run, load_daemon
 from elasticd.core.model import JobId, JobSpec, Topology
 from elasticd.daemon.main import configure_logging, run_job
 from elasticd.errors import ConfigError, OperatorError
+from elasticd.toml_form import NAME_PATTERN
 
 DEFAULT_STOP_TIMEOUT_S = 5.0
 
@@ -141,9 +142,8 @@ def _config(asked: dict[str, Any], endpoints: tuple[str, ...], folder: Path) -> 
         address=asked["local_addr"] or "",
         node_id=asked["node_id"],
         base=base,
+        memory_bytes=asked["memory_bytes"],
     )
-    if asked["memory_bytes"] is not None:
-        config = replace(config, memory=replace(config.memory, limit_bytes=asked["memory_bytes"]))
     if topology != Topology():
         config = replace(config, topology=topology)
     if not config.links.tls and not config.is_on_loopback:

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes
 
-from elasticd.config import check_replicas
 from elasticd.errors import ConfigError
+from elasticd.job_file import check_replicas
 
 _EPILOG = (
     "torchrun's flags, with these differences: --rdzv-endpoint is etcd's (several: comma-separated; without one, an "

@@ -17,7 +17,7 @@ from elasticd.core.deadline import StepDeadline
 from elasticd.core.evictions import kept_of, marks_of, note_speeds, report_of, suspect_of
 from elasticd.core.membership import Evidence, Link
 from elasticd.core.messages import Down, Effect, Event, Guard, Mark, PeerAddress, Report, Write
-from elasticd.core.model import Failure, JobId, JobSpec, Node, NodeId, Phase, Round
+from elasticd.core.model import Failure, JobSpec, Node, NodeId, Phase, Round
 from elasticd.core.proposer import Proposer
 from elasticd.core.rendezvous import NothingToChange, Proposal
 from elasticd.core.scheduling import choose_job
@@ -240,13 +240,11 @@ class Machine:
 
     def _choose_job(self) -> Iterator[Effect]:
         me, fixed = self.node.node_id, self.settings.fixed_job
-        away = self.leaving_since is not None or me in self.view.cordoned or bool(self.trouble)
-        if self.stage is Stage.IDLE and not away and not self._exited and self.view.loaded:
-            job_id = fixed.job_id if fixed else choose_job(self.view.jobs, me, aside=self.view.aside)
-            if fixed and self.ended is not None:
-                return
-            spec = fixed or (self._spec(job_id) if job_id else None)
-            if spec is not None:
+        sick = bool(self.trouble) and not (fixed and fixed.max_nodes == 1)  # who is alone leaves his job to nobody
+        away = self.leaving_since is not None or me in self.view.cordoned or sick
+        if self.stage is Stage.IDLE and not self._exited and self.view.loaded:
+            spec = self._fixed_job(fixed) if fixed else self._open_job()
+            if spec is not None and not away:
                 yield from self._take(spec)
         elif self.task is not None and self.stage in (Stage.WAITING, Stage.PREPARING):
             job = self.view.job(self.task.spec.job_id)
@@ -256,8 +254,16 @@ class Machine:
             if self.view.loaded and not seated and not job.over and (away or moved):
                 yield from self._end(self.task, Trigger.DISMISSED)
 
-    def _spec(self, job_id: JobId) -> JobSpec | None:
-        spec = self.view.job(job_id).spec
+    def _fixed_job(self, fixed: JobSpec) -> JobSpec | None:
+        """The job of a run, until it is over: perhaps while this node was drained, and had no part in it."""
+        record = self.view.job(fixed.job_id).round
+        if self.ended is None and record is not None and record.value.phase.terminal:
+            self.ended = record.value
+        return fixed if self.ended is None else None
+
+    def _open_job(self) -> JobSpec | None:
+        job_id = choose_job(self.view.jobs, self.node.node_id, aside=self.view.aside)
+        spec = self.view.job(job_id).spec if job_id else None
         return spec.value if spec else None
 
     def _take(self, spec: JobSpec) -> Iterator[Effect]:
@@ -345,6 +351,8 @@ class Machine:
         if mine is None or self.stage is Stage.ENDING or self.node.node_id not in job.members:
             return
         if not self._may_write(Write.ROUND) or Write.MEMBER in self._in_flight:
+            return
+        if keys.round_(job_id) in self.view.unreadable:  # a newer daemon's: no guard of ours would hold
             return
         parked = task.parked() and self.stage is Stage.RUNNING
         situation = assess(self._knowledge(job, task, now), job, task, parked=parked)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NewType
+from typing import NewType, Self
 
 NodeId = NewType("NodeId", str)
 BootId = NewType("BootId", str)
@@ -146,8 +146,7 @@ class Member:
     ``round_number`` is the round that ``state`` speaks of: FAILED and SUCCEEDED are about the workers of that round;
     READY says that the member can enter any later round. ``store_port`` is where its rendezvous store for the next
     round already listens (0: none yet). ``unreachable``: lives of nodes that this member's own links have lost, and
-    that hold no seat now: they are not let in beside it before its link is up again. ``trouble``: of a
-    GPU, "" for none.
+    that hold no seat now: they are not let in beside it before its link is up again. ``trouble``: of a GPU, or "".
     """
 
     node_id: NodeId
@@ -190,7 +189,19 @@ class Phase(StrEnum):
         return self in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
 
 
-class Cause(StrEnum):
+class OpenEnum(StrEnum):
+    """Words in records that nothing hangs on: one that a newer daemon writes is read, and written again, as it is."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Self | None:
+        if not isinstance(value, str):
+            return None
+        unknown = str.__new__(cls, value)
+        unknown._name_ = unknown._value_ = value
+        return unknown
+
+
+class Cause(OpenEnum):
     """Why a round was written. Only WORKER_FAILED counts against the job's restart budget."""
 
     START = "start"
@@ -209,7 +220,7 @@ class Cause(StrEnum):
 class Round:
     """``jobs/<job>/round``: the world. One record, changed by one transaction.
 
-    ``restarts`` counts the rounds of this job by cause since its start; ``first_node_id`` wrote it (for the record).
+    ``restarts`` counts the rounds of this job by cause since its start; ``proposer`` wrote it (for the record).
     """
 
     number: int

@@ -48,7 +48,8 @@ def _place(job: Job, me: NodeId, aside: frozenset[NodeId]) -> int:
     seats = {seat.node_id for seat in job.round.value.seats} if job.round is not None else set()
     if me in seats:
         return 0
-    others = {node: member for node, member in job.members.items() if node in seats or node not in aside | {me}}
+    uncounted = aside | {me}
+    others = {node: member for node, member in job.members.items() if node in seats or node not in uncounted}
     mine = job.members.get(me)
     if mine is None or me in aside:
         return len(others)

@@ -97,7 +97,8 @@ def _aligned(
     chosen: Sequence[Member], candidates: Sequence[Member], held: Collection[NodeId], multiple: int
 ) -> list[Member]:
     """Exchanges like for like until no exchange leaves more domains with whole replicas."""
-    inside, outside = list(chosen), [m for m in candidates if m not in chosen]
+    seated = {m.node_id for m in chosen}
+    inside, outside = list(chosen), [m for m in candidates if m.node_id not in seated]
     sizes = Counter(domain for m in inside for domain in _domains(m) for _ in range(m.nproc))
 
     def gain(out: Member, into: Member) -> tuple[int, ...]:

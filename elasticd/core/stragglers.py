@@ -26,7 +26,7 @@ from enum import StrEnum
 from statistics import median, median_low
 
 from elasticd.core.balance import Rebalanced, choose_first, choose_shares, is_measure, step_seconds
-from elasticd.core.model import JobId, NodeId, Seat
+from elasticd.core.model import JobId, NodeId, OpenEnum, Seat
 
 #: The median of so many measures of a rank counts, and as many are needed before it is judged.
 WINDOWS = 5
@@ -38,7 +38,7 @@ GAP_S = 10.0
 WORTH_A_RESTART = 0.1
 
 
-class Grounds(StrEnum):
+class Grounds(OpenEnum):
     """Why a node is a suspect."""
 
     SLOW = "slow"

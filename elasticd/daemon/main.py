@@ -19,10 +19,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from elasticd import __version__
+from elasticd.addresses import is_unspecified
 from elasticd.cluster.etcd import EtcdStore, EtcdTls
 from elasticd.cluster.jobs import prepare_job
 from elasticd.cluster.peers import LinkSettings
-from elasticd.config import DaemonConfig, EtcdConfig, LaunchOptions, is_unspecified
+from elasticd.config import DaemonConfig, EtcdConfig, LaunchOptions
 from elasticd.core import messages
 from elasticd.core.machine import Settings
 from elasticd.core.model import BootId, Capacity, JobSpec, Node, NodeId, Phase

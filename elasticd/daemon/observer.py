@@ -108,12 +108,8 @@ class Tracker:
                 self._round_seen(details["round"], machine, now)
             case "workers_started" if details["round"] == self._round_number:
                 self._observe(self._recovery.started(now))
-            case "commit" | "checkpoint" | "passed_over" if (
-                details["job"] == self._job_id
-            ):  # a script may claim any job
-                self._checkpoint_told(report.event, details)
-            case _:
-                self._memory_reported(report.event, details)
+            case event:
+                self._state_told(event, details)
 
     def stepped(self, rank: int, round_number: int, message: Message, now: float) -> None:
         if round_number == self._round_number:
@@ -166,34 +162,30 @@ class Tracker:
         self._recovery.entered(current, now, seated=seat is not None)
         self._training.enter_round(range(seat.first_rank, seat.first_rank + seat.nproc) if seat else range(0))
 
-    def _commit_answered(self, details: dict[str, object]) -> None:
-        done = bool(details["committed"])
-        self._metrics.commits.labels(self._job_id, "committed" if done else "refused").inc()
-        if done:
-            self._committed = (int(str(details["step"])), time.time())
-
-    def _checkpoint_told(self, event: str, details: dict[str, object]) -> None:
-        message = details.get("message")
-        if not isinstance(message, dict):
-            self._commit_answered(details)
-        elif event == "checkpoint":
-            self._metrics.saving.ended(self._job_id, SaveReport.from_message(message))
-        else:
-            self._metrics.saving.passed_over(self._job_id, whole_of(message["count"]))
-
-    def _memory_reported(self, event: str, details: dict[str, object]) -> None:
-        memory, message = self._metrics.memory, details.get("message")
+    def _state_told(self, event: str, details: dict[str, object]) -> None:
+        """Of checkpoints and copies in RAM: by the daemon, or by a worker, which may claim any job."""
+        ours = details.get("job") == self._job_id
+        message = details.get("message") if ours else None
         match event:
             case "memory_kept":
-                memory.kept(details)
+                self._metrics.memory.kept(details)
             case "memory_refused":
-                memory.refused()
-            case "memory_copied" if isinstance(message, dict) and details["job"] == self._job_id:
-                memory.copied(message)
-            case "restored" if isinstance(message, dict) and details["job"] == self._job_id:
-                memory.restored(message)
-            case _:
-                pass
+                self._metrics.memory.refused()
+            case "commit" if ours:
+                self._commit_answered(bool(details["committed"]), int(str(details["step"])))
+            case "checkpoint" if isinstance(message, dict):
+                self._metrics.saving.ended(self._job_id, SaveReport.from_message(message))
+            case "passed_over" if isinstance(message, dict):
+                self._metrics.saving.passed_over(self._job_id, whole_of(message["count"]))
+            case "memory_copied" if isinstance(message, dict):
+                self._metrics.memory.copied(message)
+            case "restored" if isinstance(message, dict):
+                self._metrics.memory.restored(message)
+
+    def _commit_answered(self, done: bool, step: int) -> None:  # noqa: FBT001
+        self._metrics.commits.labels(self._job_id, "committed" if done else "refused").inc()
+        if done:
+            self._committed = (step, time.time())
 
     def _observe(self, recovered: Recovered | None) -> None:
         if recovered is not None:

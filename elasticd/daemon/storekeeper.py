@@ -222,21 +222,20 @@ class StoreKeeper:
                 return self._propose(effect)
 
     def _propose(self, effect: messages.ProposeRound) -> tuple[bool, int]:
-        lease = self._store.grant(effect.linger_s) if effect.linger_s else 0
         key = keys.round_(effect.job_id)
+        lasting_s = {key: effect.linger_s} | {mark.key: mark.ttl_s for mark in effect.marks}
+        leases = {name: self._store.grant(ttl_s) if ttl_s else 0 for name, ttl_s in lasting_s.items()}
+        lease = leases[key]
         compares = [Compare(key=key, mod_revision=effect.expected_mod_revision)]
         compares += [Compare(key=guard.key, create_revision=guard.create_revision) for guard in effect.guards]
-        operations: list[Operation] = [Put(key=key, value=to_json(effect.round), lease=lease)]
-        operations += [Delete(key=doomed) for doomed in effect.delete_keys]
         compares += [
             Compare(key=mark.key, mod_revision=mark.expected_mod_revision)
             for mark in effect.marks
             if mark.expected_mod_revision is not None
         ]
-        leases = {mark.key: self._store.grant(mark.ttl_s) for mark in effect.marks if mark.ttl_s}
-        operations += [
-            Put(key=mark.key, value=to_json(_dated(mark)), lease=leases.get(mark.key, 0)) for mark in effect.marks
-        ]
+        operations: list[Operation] = [Put(key=key, value=to_json(effect.round), lease=lease)]
+        operations += [Delete(key=doomed) for doomed in effect.delete_keys]
+        operations += [Put(key=mark.key, value=to_json(_dated(mark)), lease=leases[mark.key]) for mark in effect.marks]
         if effect.spec is not None:
             operations.append(Put(key=keys.spec(effect.job_id), value=to_json(effect.spec), lease=lease))
         if lease:  # all that the job leaves behind goes with its last record
@@ -245,7 +244,7 @@ class StoreKeeper:
             operations += [Put(key=kv.key, value=kv.value, lease=lease) for kv in held if kv and kv.key not in written]
         result = self._store.txn(compares, operations)
         if not result.succeeded:
-            for granted in leases.values():
+            for granted in filter(None, leases.values()):
                 self._store.revoke(granted)
         return result.succeeded, result.revision if result.succeeded else 0
 
