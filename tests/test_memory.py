@@ -27,7 +27,7 @@ from elasticd.checkpoint import storage
 from elasticd.cluster.memory_link import DataConnection
 from elasticd.cluster.peers import LinkSettings
 from elasticd.config import LinksConfig
-from elasticd.core.memory import Generation, Need
+from elasticd.core.memory import Generation, Index, Need, Part, encode_index
 from elasticd.core.messages import BoundaryReached
 from elasticd.core.model import NodeId
 from elasticd.daemon.memory import MemoryStore
@@ -94,6 +94,35 @@ def test_memory_of_a_superseded_copy_is_used_again_and_not_more_than_two_are_hel
         store.commit(JOB, generation(step))
     assert len(inodes) == 2
     assert store.held().own_bytes == 6 * MIB
+
+
+def copy_whole(store: MemoryStore, step: int, round_number: int) -> Generation:
+    """As the workers of a round do, this node's and one that this node keeps copies for; which it was."""
+    made, other = generation(step, round_number), NodeId(f"n{round_number}")
+    parts = tuple(Part(rank=rank, node_id=NodeId(f"n{rank}"), size_bytes=MIB, crc32=0) for rank in (0, round_number))
+    line = encode_index(Index(generation=made, job_id=JOB, metadata_bytes=0, metadata_crc32=0, parts=parts))
+    store.begin(JOB, 0, made, MIB, f"w{round_number}")
+    index = store.begin_index(JOB, made, 4096, f"w{round_number}")
+    os.pwrite(index.descriptor, line, 0)
+    assert store.seal(JOB, 0, made, 0, len(line))
+    received = store.receive_index(JOB, other, 4096, "from")
+    os.pwrite(received.descriptor, line, 0)
+    part = store.receive_part(JOB, other, round_number, MIB, "from", fetched=False)
+    store.take_copy(JOB, other, received, len(line), {round_number: part})
+    store.commit(JOB, made)
+    return made
+
+
+def test_rounds_that_are_over_hold_nothing_that_nobody_will_use_again(store: MemoryStore) -> None:
+    """In each round other workers write, here and on another node whose copies this one keeps."""
+    held = []
+    for number in range(1, 6):
+        for step in range(3):
+            last = copy_whole(store, 10 * number + step, number)
+        held.append(store.held())
+        store.forget_writer(f"w{number}")
+        store.keep_only(JOB, last)
+    assert {one.own_bytes + one.copied_bytes for one in held} == {4 * MIB + 4 * 4096}
 
 
 def test_what_a_lost_worker_did_not_finish_goes_with_it(store: MemoryStore) -> None:

@@ -165,9 +165,7 @@ class MemoryStore:
                         self._forget_part(job, copy, rank)
                     if copy.index_file is not None and copy.index_file.tag == f"{tag}.index":
                         self._drop_index(job, copy)
-                ours = [file for file in job.shelf.spares if file.tag in (tag, f"{tag}.index")]
-                job.shelf.spares = [file for file in job.shelf.spares if file not in ours]
-                self._files.free(job.shelf, ours, again=False)
+                self._files.free_spares(job.shelf, lambda spare_tag: spare_tag in (tag, f"{tag}.index"))
 
     def commit(self, job_id: JobId, generation: Generation) -> None:
         """This generation is safe on every rank: whatever is older is not needed any more."""
@@ -175,7 +173,8 @@ class MemoryStore:
             job = self._jobs.get(job_id)
             if job is not None:
                 for key in [key for key in job.copies if key[0] < generation]:
-                    self._files.free(job.shelf, job.copies.pop(key).files(), again=True)
+                    again = key[0].round_number == generation.round_number  # workers of another round are gone
+                    self._files.free(job.shelf, job.copies.pop(key).files(), again=again)
 
     def keep_only(self, job_id: JobId, generation: Generation | None) -> None:
         """The job goes on from this generation (None: from elsewhere): others are void, older and newer ones."""
@@ -183,6 +182,7 @@ class MemoryStore:
             job = self._jobs.get(job_id)
             if job is None:
                 return
+            self._files.free_spares(job.shelf, lambda _: True)
             for key in [key for key in job.copies if key[0] != generation]:
                 self._files.free(job.shelf, job.copies.pop(key).files(), again=False)
             for key, copy in list(job.copies.items()):
