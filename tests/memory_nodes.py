@@ -118,6 +118,15 @@ class MemoryNodes:
 
         self.call(enter())
 
+    def end_job(self) -> None:
+        """As a daemon does when its node leaves the job."""
+
+        async def end() -> None:
+            for node in self.nodes.values():
+                node.service.end_job()
+
+        self.call(end())
+
     def world(self) -> World:
         seats = tuple(
             Seat(

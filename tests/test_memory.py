@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from elasticd.core.model import NodeId
 from elasticd.daemon.memory import MemoryStore
 from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.memory_folder import sweep
+from elasticd.daemon.memory_service import COPY_THREADS
 from elasticd.errors import MemoryRefused
 from elasticd.worker.link import DaemonLink
 from elasticd.worker.memory_host import MemoryHost
@@ -210,6 +212,22 @@ def test_a_rank_that_gives_up_keeps_no_other_of_its_node_waiting() -> None:
             waiting.result(10)
         link.close()
         other_link.close()
+
+
+def test_a_restore_that_waited_its_turn_until_the_job_was_over_brings_nothing_of_it_back() -> None:
+    with MemoryNodes("") as nodes, ThreadPoolExecutor(1) as pool:
+        node, over = nodes.nodes["n0"], threading.Event()
+        for _ in range(COPY_THREADS):
+            node.service._copying.submit(over.wait)
+        link, host = call_daemon(nodes, 0)
+        waiting = pool.submit(host.fetch, generation(1), 0, {}, [NodeId("n0")])
+        eventually(lambda: node.service._copying._work_queue.qsize() == 1)
+        nodes.end_job()
+        over.set()
+        with pytest.raises(MemoryRefused, match="does not take part in job j"):
+            waiting.result(10)
+        link.close()
+        assert list(nodes.memory.iterdir()) == []
 
 
 def test_a_daemon_that_keeps_no_copies_says_so(tmp_path: Path) -> None:

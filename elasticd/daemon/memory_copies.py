@@ -53,12 +53,12 @@ class Wanted:
 
 
 class Copies:
-    """This node's part in it. ``takes_part``: whether this node is in that job now, and so keeps copies for it."""
+    """This node's part in it. ``enter``: MemoryRefused when this node is not in that job now: then it keeps nothing."""
 
     def __init__(
-        self, me: NodeId, store: MemoryStore, tls: ssl.SSLContext | None, takes_part: Callable[[JobId], bool]
+        self, me: NodeId, store: MemoryStore, tls: ssl.SSLContext | None, enter: Callable[[JobId], None]
     ) -> None:
-        self._me, self._store, self._tls, self._takes_part = me, store, tls, takes_part
+        self._me, self._store, self._tls, self._enter = me, store, tls, enter
         self._fetching = threading.Lock()
 
     # --- the side that asks ---
@@ -166,8 +166,7 @@ class Copies:
     def serve(self, connection: DataConnection, header: Header) -> None:
         """One request. What is wrong with it is raised, and ends the connection."""
         job_id = JobId(str(header["job"]))
-        if not self._takes_part(job_id):
-            raise MemoryRefused(f"node {self._me} does not take part in job {job_id}")
+        self._enter(job_id)
         match header.get("op"):
             case "put":
                 self._serve_put(connection, header, job_id)
