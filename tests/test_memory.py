@@ -419,6 +419,25 @@ def test_without_a_buddy_that_takes_it_a_copy_stays_on_its_own_node_and_says_why
         assert "node n1: [Errno 111] Connection refused" in kept["reason"]
 
 
+def test_a_buddy_without_room_says_so_and_is_heard() -> None:
+    """It refuses and hangs up in the middle of what it is sent."""
+    with MemoryNodes("", "") as nodes:
+        nodes.nodes["n1"].service.store._files._settings = MemorySettings(limit_bytes=MIB)
+        link, host = call_daemon(nodes, 0)
+        made = generation(1)
+        path, index_path = host.begin(made, 64 * MIB, 4096)
+        assert index_path is not None
+        part = Part(rank=0, node_id=NodeId("n0"), size_bytes=64 * MIB, crc32=0)
+        line = encode_index(Index(generation=made, job_id=JOB, metadata_bytes=0, metadata_crc32=0, parts=(part,)))
+        with index_path.open("r+b") as file:
+            file.write(line)
+        assert path.stat().st_size == 64 * MIB
+        at_buddy, reason = host.seal(made, 0, len(line))
+        assert not at_buddy
+        assert reason.startswith("node n1: a copy in RAM does not fit on node n1: a part has 64.0 MiB")
+        link.close()
+
+
 def test_ranks_killed_at_any_moment_of_a_copy_lose_fewer_steps_than_asked_for_and_mix_nothing() -> None:
     """All ranks at once, at moments chosen from the seed: what is taken up is of one step, on every rank."""
     every, done, chance = 4, 0, random.Random(SEED)

@@ -85,8 +85,9 @@ class Copies:
                     "committed": _plain(committed),
                 }
             )
-            for file in files:
-                connection.send_file(file.descriptor, file.size_bytes)
+            with contextlib.suppress(ConnectionError):  # it refused half-way, and hung up: its answer says why
+                for file in files:
+                    connection.send_file(file.descriptor, file.size_bytes)
             connection.answer()
         return Sent(size_bytes=sum(file.size_bytes for file in files), seconds=time.monotonic() - started)
 
