@@ -85,7 +85,6 @@ class Restored:
     source: str
     seconds: float
     size_bytes: int
-    fetched_bytes: int
 
 
 class MemoryRestore:
@@ -189,7 +188,6 @@ class MemoryRestore:
             source="buddy" if whole.needs_buddy else "memory",
             seconds=time.monotonic() - started,
             size_bytes=taken.size_bytes,
-            fetched_bytes=taken.fetched_bytes,
         )
 
 
@@ -228,8 +226,7 @@ class _Taken:
     def __init__(self, state: dict[str, Any], metadata: Metadata, fetched: Fetched) -> None:
         # Mapped for reading only; nobody writes through the tensors that are made of it.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        self.state, self._metadata = state, metadata
-        self.fetched_bytes, self._paths = fetched.fetched_bytes, fetched.paths
+        self.state, self._metadata, self._paths = state, metadata, fetched.paths
         self._maps = {rank: _map(Path(path)) for rank, path in fetched.paths.items()}
 
     @property

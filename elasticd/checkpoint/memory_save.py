@@ -50,7 +50,7 @@ class SavingHost(Protocol):
 
     def begin(self, generation: Generation, size_bytes: int, index_bytes: int) -> tuple[Path, Path | None]: ...
 
-    def seal(self, generation: Generation, crc32: int, index_bytes: int) -> tuple[bool, str]: ...
+    def seal(self, generation: Generation, index_bytes: int) -> tuple[bool, str]: ...
 
     def commit(self, generation: Generation) -> None: ...
 
@@ -93,7 +93,6 @@ class MemoryCounts:
     copied_bytes: int = 0
     stall_s: float = 0.0
     last_stall_s: float = 0.0
-    newest_step: int = -1
 
 
 @dataclass(slots=True)
@@ -245,7 +244,7 @@ class MemoryCopies:
         problems = [one["problem"] for one in said if one["problem"]]
         if problems:
             return self._void(begun, problems, off=True)
-        at_buddy, reason = self._seal(begun, said, crc32)
+        at_buddy, reason = self._seal(begun, said)
         levels = share([at_buddy, reason], self._ranks.group)
         refused = [why for level, why in levels if level is None]
         if refused:
@@ -257,11 +256,11 @@ class MemoryCopies:
         blocks = range(0, len(target), BLOCK_BYTES)
         return combine(self._hashing.map(lambda at: zlib.crc32(target[at : at + BLOCK_BYTES]), blocks))
 
-    def _seal(self, begun: _Begun, said: list[Any], crc32: int) -> tuple[bool | None, str]:
+    def _seal(self, begun: _Begun, said: list[Any]) -> tuple[bool | None, str]:
         """(kept by a buddy too, or None when it is not kept; why not)."""
         try:
             index_bytes = self._write_index(begun, said)
-            return self._host.seal(begun.generation, crc32, index_bytes)
+            return self._host.seal(begun.generation, index_bytes)
         except MemoryRefused as error:
             reason = str(error)
         except OSError as error:
@@ -325,7 +324,6 @@ class MemoryCopies:
         if copied.committed:
             self.counts.committed += 1
             self.counts.copied_bytes += copied.size_bytes
-            self.counts.newest_step = copied.step
         else:
             self.counts.void += 1
         self._told(copied)

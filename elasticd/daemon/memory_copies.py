@@ -7,7 +7,6 @@ that wrote it, and every byte is checked against the index on arrival. Not here:
 from __future__ import annotations
 
 import contextlib
-import os
 import ssl
 import threading
 import time
@@ -17,11 +16,11 @@ from functools import partial
 from typing import Any
 
 from elasticd.cluster.memory_link import DataConnection, Header
-from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Generation, Index, decode_index, format_bytes, seal_of
+from elasticd.core.memory import Generation, Index, format_bytes, seal_of
 from elasticd.core.model import JobId, NodeId
 from elasticd.daemon.memory import MemoryStore
-from elasticd.daemon.memory_files import Reading, StoredFile
-from elasticd.errors import CheckpointInvalid, MemoryRefused
+from elasticd.daemon.memory_files import Reading, StoredFile, read_index
+from elasticd.errors import MemoryRefused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,20 +101,14 @@ class Copies:
                     missing.setdefault((writer, nodes), []).append(rank)
             if not missing and not self._is_here(partial(self._index, wanted)):
                 missing = {(wanted.index_from[0], wanted.index_from): []}
-            fetched = sum(
-                self._from_any(wanted, writer, ranks, nodes, places) for (writer, nodes), ranks in missing.items()
-            )
+            for (writer, nodes), ranks in missing.items():
+                self._from_any(wanted, writer, ranks, nodes, places)
         paths = []
         for rank in wanted.parts:
             with self._part(wanted, rank) as part:
                 paths.append([rank, str(part.path)])
         with self._index(wanted) as index:
-            return {
-                "paths": paths,
-                "index_path": str(index.path),
-                "index_bytes": index.size_bytes,
-                "fetched_bytes": fetched,
-            }
+            return {"paths": paths, "index_path": str(index.path), "index_bytes": index.size_bytes}
 
     def _from_any(
         self,
@@ -124,8 +117,8 @@ class Copies:
         ranks: list[int],
         nodes: tuple[NodeId, ...],
         places: Mapping[NodeId, Place],
-    ) -> int:
-        """From the first of these nodes that gives it; how many bytes. MemoryRefused, with all reasons, when none."""
+    ) -> None:
+        """From the first of these nodes that gives it. MemoryRefused, with all reasons, when none does."""
         reasons = []
         for node_id in nodes:
             place = places.get(node_id)
@@ -133,21 +126,22 @@ class Copies:
                 reasons.append(f"node {node_id} cannot be asked")
                 continue
             try:
-                return self._get(wanted, writer, ranks, place)
+                self._get(wanted, writer, ranks, place)
             except MemoryRefused as error:
                 reasons.append(str(error))
+            else:
+                return
         raise MemoryRefused("; ".join(reasons) or f"nobody has the parts of ranks {ranks}")
 
-    def _get(self, wanted: Wanted, writer: NodeId, ranks: list[int], of: Place) -> int:
+    def _get(self, wanted: Wanted, writer: NodeId, ranks: list[int], of: Place) -> None:
         generation = wanted.generation
-        request = {"op": "get", "job": wanted.job_id, "writer": writer, "ranks": ranks, "seal": wanted.seal}
+        request = {"op": "get", "job": wanted.job_id, "ranks": ranks, "seal": wanted.seal}
         request |= {"step": generation.step, "round": generation.round_number}
         with _refusals(of.node_id), DataConnection.dial(of.address, of.port, self._tls) as connection:
             index_bytes = int(connection.ask(request)["index_bytes"])
             index = self._receive(connection, wanted.job_id, writer, index_bytes, ranks, fetched=True)
             if (index.generation, seal_of(index)) != (generation, wanted.seal):
                 raise MemoryRefused("it sent another generation")
-            return index_bytes + sum(index.part(rank).size_bytes for rank in ranks)
 
     def _part(self, wanted: Wanted, rank: int) -> Reading:
         return self._store.part(wanted.job_id, wanted.generation, wanted.seal, rank)
@@ -216,7 +210,7 @@ class Copies:
             index_file = self._store.receive_index(job_id, writer, index_bytes, f"from-{writer}")
             taken.append(index_file)
             connection.receive_file(index_file.descriptor, index_bytes)
-            index = _read_index(index_file, index_bytes)
+            index = read_index(index_file, index_bytes)
             if not set(ranks) <= index.ranks_of(writer):
                 raise MemoryRefused(f"node {writer} did not write the parts of ranks {ranks}")
             name = f"step-{index.generation.step}.r{index.generation.round_number}.from-{writer}"
@@ -230,18 +224,11 @@ class Copies:
                         f"the part of rank {part.rank} of step {index.generation.step} "
                         f"({format_bytes(part.size_bytes)}) does not match its checksum"
                     )
-            self._store.take_copy(job_id, writer, index_file, index_bytes, parts)
+            self._store.take_copy(job_id, writer, index, index_file, parts)
         except BaseException:
             self._store.discard(job_id, taken)
             raise
         return index
-
-
-def _read_index(file: StoredFile, index_bytes: int) -> Index:
-    try:
-        return decode_index(os.pread(file.descriptor, min(index_bytes, MAX_INDEX_LINE_BYTES), 0).partition(b"\n")[0])
-    except CheckpointInvalid as error:
-        raise MemoryRefused(str(error)) from error
 
 
 def _plain(generation: Generation | None) -> list[int] | None:

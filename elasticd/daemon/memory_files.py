@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from elasticd.core.memory import format_bytes
+from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Index, decode_index, format_bytes
 from elasticd.core.model import NodeId
-from elasticd.errors import MemoryRefused
+from elasticd.errors import CheckpointInvalid, MemoryRefused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +149,15 @@ class SharedFiles:
         with self._lock:
             self.free(shelf, [file for file in shelf.spares if unwanted(file.tag)], again=False)
             shelf.spares = [file for file in shelf.spares if not unwanted(file.tag)]
+
+
+def read_index(file: StoredFile, index_bytes: int) -> Index:
+    """The index at the file's start. MemoryRefused when it is not one."""
+    head = os.pread(file.descriptor, min(index_bytes, MAX_INDEX_LINE_BYTES), 0)
+    try:
+        return decode_index(head.partition(b"\n")[0])
+    except CheckpointInvalid as error:
+        raise MemoryRefused(str(error)) from error
 
 
 def _free_bytes(folder: str) -> int:

@@ -161,11 +161,11 @@ class MemoryService:
 
     def _seal(self, caller: Caller, message: Message, generation: Generation) -> None:
         """Answered once the parts of all local ranks are where they are to be."""
-        crc32, index_bytes = int(message["crc32"]), int(message["index_bytes"])
+        index_bytes = int(message["index_bytes"])
         self._sealers.setdefault(generation, []).append((caller, message))
 
         def work() -> None:
-            if self.store.seal(caller.job_id, caller.rank, generation, crc32, index_bytes):
+            if self.store.seal(caller.job_id, caller.rank, generation, index_bytes):
                 self._soon(self._keep, caller.job_id, generation)
 
         self._submit(self._control, work, lambda reason: self._soon(self._void, caller.job_id, generation, reason))
