@@ -121,34 +121,28 @@ def _room_for(content: bytes) -> int:
     return _LENGTH_BYTES + 2 * len(content) + _SPARE_BYTES
 
 
-class Copier:
-    """Copies a state into mapped memory as a layout says. Both belong to one rank."""
+def copy_state(layout: Layout, state: dict[str, Any], target: memoryview) -> None:
+    """One pass over a rank's share of the state, into mapped memory. Returns once nothing of the original is needed.
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-
-    def copy(self, state: dict[str, Any], target: memoryview) -> None:
-        """Outgrown when the state's form has changed: then nothing, or only a part, has been written.
-
-        Returns once nothing of the original is needed.
-        """
-        planner = DefaultSavePlanner()
-        planner.set_up_planner(state)
-        if form_of(planner.state_dict) != self.layout.form:
-            raise Outgrown("the form of the state has changed")
-        devices: set[torch.device] = set()
-        with torch.no_grad():
-            for item, span in self.layout.items:
-                if item.type is WriteItemType.BYTE_IO:
-                    _write_object(_resolve_object(planner, item), span, target)
-                elif span.size_bytes:
-                    source = planner.resolve_data(item)
-                    assert isinstance(source, torch.Tensor)
-                    tensor_at(target, span, source.dtype, source.shape).copy_(source)
-                    devices.add(source.device)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
+    Outgrown when the state's form has changed: then nothing, or only a part, has been written.
+    """
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(state)
+    if form_of(planner.state_dict) != layout.form:
+        raise Outgrown("the form of the state has changed")
+    devices: set[torch.device] = set()
+    with torch.no_grad():
+        for item, span in layout.items:
+            if item.type is WriteItemType.BYTE_IO:
+                _write_object(_resolve_object(planner, item), span, target)
+            elif span.size_bytes:
+                source = planner.resolve_data(item)
+                assert isinstance(source, torch.Tensor)
+                tensor_at(target, span, source.dtype, source.shape).copy_(source)
+                devices.add(source.device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 def tensor_at(memory: memoryview, span: Span, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:

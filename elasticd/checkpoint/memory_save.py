@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from elasticd.checkpoint.exchange import share
-from elasticd.checkpoint.memory_layout import Copier, Layout, Outgrown, plan_together
+from elasticd.checkpoint.memory_layout import Layout, Outgrown, copy_state, plan_together
 from elasticd.core.memory import BLOCK_BYTES, Generation, Index, Part, combine, encode_index
 from elasticd.core.model import NodeId
 from elasticd.errors import MemoryRefused
@@ -194,7 +194,7 @@ class MemoryCopies:
         try:
             path, begun.index_path = self._host.begin(begun.generation, layout.size_bytes, index_bytes)
             begun.target = self._map(path, layout.size_bytes)
-            Copier(layout).copy(state, begun.target)
+            copy_state(layout, state, begun.target)
         except MemoryRefused as error:
             begun.problem = str(error)
         except OSError as error:
