@@ -297,7 +297,8 @@ def train(nodes: int, until: int, every: int = 1, kind: str = "ddp", wait: float
         weight = inner.linear.weight
         weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
         counts = session.memory_counts
-        print(json.dumps({"began": began, "weights": weight.double().sum().item(), "committed": counts.committed}))
+        told = {"committed": counts.committed, "stall_s": counts.stall_s}
+        print(json.dumps({"began": began, "weights": weight.double().sum().item(), **told}))
 
 
 class _Through:
@@ -408,6 +409,15 @@ def test_a_state_that_does_not_fit_is_refused_once_with_sizes_and_training_goes_
         refused = [about["reason"] for node in nodes.nodes.values() for about in node.events("memory_refused")]
         assert len(refused) == 1
         assert last(outputs[0])["weights"] == pytest.approx(expected(5), rel=1e-6)
+
+
+@pytest.mark.parametrize(("every", "whole"), [(1, True), (2, False)])
+def test_a_step_that_waits_for_its_own_copy_waits_visibly(every: int, whole: bool) -> None:
+    with MemoryNodes("") as nodes:
+        (one,) = run(nodes, 1, 1, 1, 4, every)
+        copied = [m for m in nodes.nodes["n0"].observed if m["type"] == "memory_copied"]
+        assert [m["stall_seconds"] == m["seconds"] for m in copied] == [whole] * 4
+        assert (one["stall_s"] >= sum(m["seconds"] for m in copied)) == whole
 
 
 def test_without_a_buddy_that_takes_it_a_copy_stays_on_its_own_node_and_says_why() -> None:

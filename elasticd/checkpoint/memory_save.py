@@ -131,20 +131,19 @@ class MemoryCopies:
     def step_completed(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """After each step, before it counts. Begins a copy where one is due, when the one before has ended."""
         self.check()
-        if step % self._interval or self._off:
-            return
-        self.begin(state, step)
-        if self._waits_for_each:
-            self.wait()
+        if step % self._interval == 0 and not self._off:
+            self.begin(state, step)
 
     def begin(self, state: Callable[[], dict[str, Any]], step: int) -> None:
-        """Returns once the state may be changed again."""
+        """Returns once the state may be changed again; where each step waits for its own copy, once that has ended."""
         started = time.monotonic()
         self.wait()
         begun = _Begun(Generation(step=step, round_number=self._ranks.round_number), started)
         if not self._off:
             self._copy(begun, state())
             self._launch(begun)
+            if self._waits_for_each:
+                self.wait()
         self._stalled(begun)
 
     def save(self, state: Callable[[], dict[str, Any]], step: int) -> Copied | None:
@@ -309,11 +308,12 @@ class MemoryCopies:
     def _copied(
         self, begun: _Begun, size_bytes: int, *, committed: bool, at_buddies: bool = False, reason: str = ""
     ) -> Copied:
+        seconds = time.monotonic() - begun.started
         return Copied(
             step=begun.generation.step,
             size_bytes=size_bytes,
-            seconds=time.monotonic() - begun.started,
-            stall_s=begun.stall_s,
+            seconds=seconds,
+            stall_s=seconds if self._waits_for_each else begun.stall_s,
             committed=committed,
             at_buddies=at_buddies,
             reason=reason,
