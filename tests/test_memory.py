@@ -525,6 +525,31 @@ def test_copies_go_over_mutual_tls_where_links_do(tls: LinkSettings) -> None:
             plain.ask({"op": "get", "job": JOB, "step": 3, "round": 1, "seal": 0, "ranks": []})
 
 
+CROWDED = """
+import os, resource, socket, time
+from elasticd.cluster.memory_link import DataServer
+server = DataServer(lambda connection, header: connection.send({"ok": True}), None)
+port = server.listen("127.0.0.1", 0)
+caller = socket.socket()
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (caller.fileno() + 1, hard))
+caller.connect(("127.0.0.1", port))
+before = time.process_time()
+time.sleep(1)
+print(time.process_time() - before)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+caller.sendall(b"{}\\n")
+print(caller.recv(100))
+"""
+
+
+def test_a_daemon_without_descriptors_does_not_spin_and_answers_later() -> None:
+    done = subprocess.run([sys.executable, "-c", CROWDED], check=True, capture_output=True, text=True, timeout=30)
+    busy_s, answer = done.stdout.splitlines()
+    assert float(busy_s) < 0.3
+    assert "protocol None" in answer
+
+
 @pytest.mark.parametrize(
     "header",
     [

@@ -240,7 +240,5 @@ def _refusals(node_id: NodeId) -> Iterator[None]:
     """Whatever goes wrong with another node is one kind of failure here, and says which node it was."""
     try:
         yield
-    except MemoryRefused as error:
-        raise MemoryRefused(f"node {node_id}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (MemoryRefused, OSError, ValueError, KeyError, TypeError) as error:
         raise MemoryRefused(f"node {node_id}: {error}") from error
