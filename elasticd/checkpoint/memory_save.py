@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from elasticd.checkpoint.exchange import share
-from elasticd.checkpoint.memory_layout import Layout, Outgrown, copy_state, plan_together
-from elasticd.core.memory import BLOCK_BYTES, Generation, Index, Part, combine, encode_index
+from elasticd.checkpoint.memory_layout import Layout, Outgrown, checksum_of, copy_state, plan_together
+from elasticd.core.memory import Generation, Index, Part, encode_index
 from elasticd.core.model import NodeId
 from elasticd.errors import MemoryRefused
 
@@ -237,7 +237,7 @@ class MemoryCopies:
 
     def _finish(self, begun: _Begun) -> Copied:
         size_bytes = 0 if begun.target is None else len(begun.target)
-        crc32 = 0 if begun.target is None or begun.problem else self._checksum(begun.target)
+        crc32 = 0 if begun.target is None or begun.problem else checksum_of(begun.target, self._hashing)
         mine = {"node": self._host.node_id, "size_bytes": size_bytes, "crc32": crc32, "problem": begun.problem}
         said = share(mine, self._ranks.group)
         problems = [one["problem"] for one in said if one["problem"]]
@@ -250,10 +250,6 @@ class MemoryCopies:
             return self._void(begun, refused, off=False)
         self._host.commit(begun.generation)
         return self._copied(begun, size_bytes, committed=True, at_buddies=all(level for level, _ in levels))
-
-    def _checksum(self, target: memoryview) -> int:
-        blocks = range(0, len(target), BLOCK_BYTES)
-        return combine(self._hashing.map(lambda at: zlib.crc32(target[at : at + BLOCK_BYTES]), blocks))
 
     def _seal(self, begun: _Begun, said: list[Any]) -> tuple[bool | None, str]:
         """(kept by a buddy too, or None when it is not kept; why not)."""
