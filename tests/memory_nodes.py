@@ -29,8 +29,8 @@ class _NoFence:
     def commit(self, caller: Caller, round_number: int, step: int, path: str) -> None:
         caller.send({"type": "commit_result", "step": step, "committed": True})
 
-    def confirm(self, caller: Caller, round_number: int, step: int) -> None:
-        caller.send({"type": "fence_result", "step": step, "stands": True})
+    def confirm(self, caller: Caller, round_number: int, question: int) -> None:
+        caller.send({"type": "fence_result", "id": question, "stands": True})
 
 
 class MemoryNode:
@@ -117,6 +117,15 @@ class MemoryNodes:
                 node.service.enter_round(JOB, "")
 
         self.call(enter())
+
+    def end_job(self) -> None:
+        """As a daemon does when its node leaves the job."""
+
+        async def end() -> None:
+            for node in self.nodes.values():
+                node.service.end_job()
+
+        self.call(end())
 
     def world(self) -> World:
         seats = tuple(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +28,13 @@ from elasticd.checkpoint import storage
 from elasticd.cluster.memory_link import DataConnection
 from elasticd.cluster.peers import LinkSettings
 from elasticd.config import LinksConfig
-from elasticd.core.memory import Generation, Need
+from elasticd.core.memory import Generation, Index, Need, Part, encode_index
 from elasticd.core.messages import BoundaryReached
 from elasticd.core.model import NodeId
 from elasticd.daemon.memory import MemoryStore
 from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.memory_folder import sweep
+from elasticd.daemon.memory_service import COPY_THREADS
 from elasticd.errors import MemoryRefused
 from elasticd.worker.link import DaemonLink
 from elasticd.worker.memory_host import MemoryHost
@@ -94,6 +96,35 @@ def test_memory_of_a_superseded_copy_is_used_again_and_not_more_than_two_are_hel
         store.commit(JOB, generation(step))
     assert len(inodes) == 2
     assert store.held().own_bytes == 6 * MIB
+
+
+def copy_whole(store: MemoryStore, step: int, round_number: int) -> Generation:
+    """As the workers of a round do, this node's and one that this node keeps copies for; which it was."""
+    made, other = generation(step, round_number), NodeId(f"n{round_number}")
+    parts = tuple(Part(rank=rank, node_id=NodeId(f"n{rank}"), size_bytes=MIB, crc32=0) for rank in (0, round_number))
+    index = Index(generation=made, job_id=JOB, metadata_bytes=0, metadata_crc32=0, parts=parts)
+    line = encode_index(index)
+    store.begin(JOB, 0, made, MIB, f"w{round_number}")
+    written = store.begin_index(JOB, made, 4096, f"w{round_number}")
+    os.pwrite(written.descriptor, line, 0)
+    assert store.seal(JOB, 0, made, len(line))
+    received = store.receive_index(JOB, other, len(line), "from")
+    os.pwrite(received.descriptor, line, 0)
+    part = store.receive_part(JOB, other, round_number, MIB, "from", fetched=False)
+    store.take_copy(JOB, other, index, received, {round_number: part})
+    store.commit(JOB, made)
+    return made
+
+
+def test_rounds_that_are_over_hold_nothing_that_nobody_will_use_again(store: MemoryStore) -> None:
+    """In each round other workers write, here and on another node whose copies this one keeps."""
+    for number in range(1, 6):
+        for step in range(3):
+            last = copy_whole(store, 10 * number + step, number)
+        held = store.held()
+        assert (held.own_bytes + held.copied_bytes) // MIB == 4
+        store.forget_writer(f"w{number}")
+        store.keep_only(JOB, last)
 
 
 def test_what_a_lost_worker_did_not_finish_goes_with_it(store: MemoryStore) -> None:
@@ -175,12 +206,28 @@ def test_a_rank_that_gives_up_keeps_no_other_of_its_node_waiting() -> None:
         (link, leader), (other_link, other) = (call_daemon(nodes, rank) for rank in (0, 1))
         leader.begin(generation(1), MIB, 4096)
         other.begin(generation(1), MIB, 0)
-        waiting = pool.submit(other.seal, generation(1), 0, 0)
+        waiting = pool.submit(other.seal, generation(1), 0)
         leader.abandon(generation(1))
         with pytest.raises(MemoryRefused, match=r"has given it up|was begun"):
             waiting.result(10)
         link.close()
         other_link.close()
+
+
+def test_a_restore_that_waited_its_turn_until_the_job_was_over_brings_nothing_of_it_back() -> None:
+    with MemoryNodes("") as nodes, ThreadPoolExecutor(1) as pool:
+        node, over = nodes.nodes["n0"], threading.Event()
+        for _ in range(COPY_THREADS):
+            node.service._copying.submit(over.wait)
+        link, host = call_daemon(nodes, 0)
+        waiting = pool.submit(host.fetch, generation(1), 0, {}, [NodeId("n0")])
+        eventually(lambda: node.service._copying._work_queue.qsize() == 1)
+        nodes.end_job()
+        over.set()
+        with pytest.raises(MemoryRefused, match="does not take part in job j"):
+            waiting.result(10)
+        link.close()
+        assert list(nodes.memory.iterdir()) == []
 
 
 def test_a_daemon_that_keeps_no_copies_says_so(tmp_path: Path) -> None:
@@ -250,7 +297,8 @@ def train(nodes: int, until: int, every: int = 1, kind: str = "ddp", wait: float
         weight = inner.linear.weight
         weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
         counts = session.memory_counts
-        print(json.dumps({"began": began, "weights": weight.double().sum().item(), "committed": counts.committed}))
+        told = {"committed": counts.committed, "stall_s": counts.stall_s}
+        print(json.dumps({"began": began, "weights": weight.double().sum().item(), **told}))
 
 
 class _Through:
@@ -363,6 +411,15 @@ def test_a_state_that_does_not_fit_is_refused_once_with_sizes_and_training_goes_
         assert last(outputs[0])["weights"] == pytest.approx(expected(5), rel=1e-6)
 
 
+@pytest.mark.parametrize(("every", "whole"), [(1, True), (2, False)])
+def test_a_step_that_waits_for_its_own_copy_waits_visibly(every: int, whole: bool) -> None:
+    with MemoryNodes("") as nodes:
+        (one,) = run(nodes, 1, 1, 1, 4, every)
+        copied = [m for m in nodes.nodes["n0"].observed if m["type"] == "memory_copied"]
+        assert [m["stall_seconds"] == m["seconds"] for m in copied] == [whole] * 4
+        assert (one["stall_s"] >= sum(m["seconds"] for m in copied)) == whole
+
+
 def test_without_a_buddy_that_takes_it_a_copy_stays_on_its_own_node_and_says_why() -> None:
     with MemoryNodes("", "") as nodes:
         nodes.nodes["n1"].service._server.close()
@@ -370,6 +427,25 @@ def test_without_a_buddy_that_takes_it_a_copy_stays_on_its_own_node_and_says_why
         kept = nodes.nodes["n0"].events("memory_kept")[-1]
         assert kept["buddy"] == ""
         assert "node n1: [Errno 111] Connection refused" in kept["reason"]
+
+
+def test_a_buddy_without_room_says_so_and_is_heard() -> None:
+    """It refuses and hangs up in the middle of what it is sent."""
+    with MemoryNodes("", "") as nodes:
+        nodes.nodes["n1"].service.store._files._settings = MemorySettings(limit_bytes=MIB)
+        link, host = call_daemon(nodes, 0)
+        made = generation(1)
+        path, index_path = host.begin(made, 64 * MIB, 4096)
+        assert index_path is not None
+        part = Part(rank=0, node_id=NodeId("n0"), size_bytes=64 * MIB, crc32=0)
+        line = encode_index(Index(generation=made, job_id=JOB, metadata_bytes=0, metadata_crc32=0, parts=(part,)))
+        with index_path.open("r+b") as file:
+            file.write(line)
+        assert path.stat().st_size == 64 * MIB
+        at_buddy, reason = host.seal(made, len(line))
+        assert not at_buddy
+        assert reason.startswith("node n1: a copy in RAM does not fit on node n1: a part has 64.0 MiB")
+        link.close()
 
 
 def test_ranks_killed_at_any_moment_of_a_copy_lose_fewer_steps_than_asked_for_and_mix_nothing() -> None:
@@ -446,7 +522,32 @@ def test_copies_go_over_mutual_tls_where_links_do(tls: LinkSettings) -> None:
             DataConnection.dial(place.address, place.port, None) as plain,
             pytest.raises((ConnectionError, ValueError)),
         ):
-            plain.ask({"op": "get", "job": JOB, "step": 3, "round": 1, "seal": 0, "writer": "n0", "ranks": []})
+            plain.ask({"op": "get", "job": JOB, "step": 3, "round": 1, "seal": 0, "ranks": []})
+
+
+CROWDED = """
+import os, resource, socket, time
+from elasticd.cluster.memory_link import DataServer
+server = DataServer(lambda connection, header: connection.send({"ok": True}), None)
+port = server.listen("127.0.0.1", 0)
+caller = socket.socket()
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (caller.fileno() + 1, hard))
+caller.connect(("127.0.0.1", port))
+before = time.process_time()
+time.sleep(1)
+print(time.process_time() - before)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+caller.sendall(b"{}\\n")
+print(caller.recv(100))
+"""
+
+
+def test_a_daemon_without_descriptors_does_not_spin_and_answers_later() -> None:
+    done = subprocess.run([sys.executable, "-c", CROWDED], check=True, capture_output=True, text=True, timeout=30)
+    busy_s, answer = done.stdout.splitlines()
+    assert float(busy_s) < 0.3
+    assert "protocol None" in answer
 
 
 @pytest.mark.parametrize(
@@ -457,7 +558,7 @@ def test_copies_go_over_mutual_tls_where_links_do(tls: LinkSettings) -> None:
         {"op": "put", "job": "j", "writer": "n9", "index_bytes": 10**15, "ranks": [0]},
         {"op": "put", "job": "../j", "writer": "../n9", "index_bytes": 8, "ranks": [0]},
         {"op": "put", "job": "j", "writer": "../n9", "index_bytes": 8, "ranks": ["../x"]},
-        {"op": "get", "job": "j", "step": 1, "round": 1, "seal": 1, "writer": "n0", "ranks": [0]},
+        {"op": "get", "job": "j", "step": 1, "round": 1, "seal": 1, "ranks": [0]},
         {"op": "erase", "job": "j"},
         {"job": []},
     ],

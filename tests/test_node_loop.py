@@ -262,10 +262,10 @@ def test_a_script_hears_whether_its_round_stands(endpoint: str, tmp_path: Path) 
             async def ask(claimed: str, round_number: int) -> bool | None:
                 reader, writer = await asyncio.open_unix_connection(str(n.setup.socket_path))
                 hello = {"type": "worker_hello", "job": claimed, "round": round_number, "rank": 0}
-                writer.write(encode(hello) + encode({"type": "fence", "round": round_number, "step": 8}))
+                writer.write(encode(hello) + encode({"type": "fence", "round": round_number, "id": 8}))
                 answer = decode(await asyncio.wait_for(reader.readline(), 5))
                 writer.close()
-                assert (answer["type"], answer["step"]) == ("fence_result", 8)
+                assert (answer["type"], answer["id"]) == ("fence_result", 8)
                 return answer["stands"]
 
             assert await ask("fenced", number) is True

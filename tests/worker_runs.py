@@ -243,7 +243,7 @@ class FakeDaemon:
             answer |= {"type": "commit_result", "committed": not self.commit_reason}
         elif message["type"] == "fence":
             stands = self.fence_answers.pop(0) if len(self.fence_answers) > 1 else self.fence_answers[0]
-            answer |= {"type": "fence_result", "stands": stands}
+            answer |= {"type": "fence_result", "id": message["id"], "stands": stands}
         else:
             return
         with contextlib.suppress(OSError):  # it does not wait for the answer when it ends

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +25,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.utils import _DistWrapper
 from torch.distributed.tensor import DTensor
+
+from elasticd.core.memory import BLOCK_BYTES, combine
 
 _ALIGN_BYTES = 64
 #: An object is written behind its length; its place leaves room for it to grow by as much as it had.
@@ -121,34 +125,34 @@ def _room_for(content: bytes) -> int:
     return _LENGTH_BYTES + 2 * len(content) + _SPARE_BYTES
 
 
-class Copier:
-    """Copies a state into mapped memory as a layout says. Both belong to one rank."""
+def copy_state(layout: Layout, state: dict[str, Any], target: memoryview) -> None:
+    """One pass over a rank's share of the state, into mapped memory. Returns once nothing of the original is needed.
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    Outgrown when the state's form has changed: then nothing, or only a part, has been written.
+    """
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(state)
+    if form_of(planner.state_dict) != layout.form:
+        raise Outgrown("the form of the state has changed")
+    devices: set[torch.device] = set()
+    with torch.no_grad():
+        for item, span in layout.items:
+            if item.type is WriteItemType.BYTE_IO:
+                _write_object(_resolve_object(planner, item), span, target)
+            elif span.size_bytes:
+                source = planner.resolve_data(item)
+                assert isinstance(source, torch.Tensor)
+                tensor_at(target, span, source.dtype, source.shape).copy_(source)
+                devices.add(source.device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
-    def copy(self, state: dict[str, Any], target: memoryview) -> None:
-        """Outgrown when the state's form has changed: then nothing, or only a part, has been written.
 
-        Returns once nothing of the original is needed.
-        """
-        planner = DefaultSavePlanner()
-        planner.set_up_planner(state)
-        if form_of(planner.state_dict) != self.layout.form:
-            raise Outgrown("the form of the state has changed")
-        devices: set[torch.device] = set()
-        with torch.no_grad():
-            for item, span in self.layout.items:
-                if item.type is WriteItemType.BYTE_IO:
-                    _write_object(_resolve_object(planner, item), span, target)
-                elif span.size_bytes:
-                    source = planner.resolve_data(item)
-                    assert isinstance(source, torch.Tensor)
-                    tensor_at(target, span, source.dtype, source.shape).copy_(source)
-                    devices.add(source.device)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
+def checksum_of(part: memoryview, pool: ThreadPoolExecutor) -> int:
+    """Of a rank's part, as core.memory.combine has it, in several threads."""
+    blocks = range(0, len(part), BLOCK_BYTES)
+    return combine(pool.map(lambda at: zlib.crc32(part[at : at + BLOCK_BYTES]), blocks))
 
 
 def tensor_at(memory: memoryview, span: Span, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:

@@ -34,15 +34,13 @@ from torch.futures import Future
 
 from elasticd.checkpoint.exchange import share
 from elasticd.checkpoint.held import Held, held_by
-from elasticd.checkpoint.memory_layout import Span, object_at, tensor_at, unpack_metadata
+from elasticd.checkpoint.memory_layout import Span, checksum_of, object_at, tensor_at, unpack_metadata
 from elasticd.core.memory import (
-    BLOCK_BYTES,
     Fetched,
     Generation,
     Holding,
     Index,
     Whole,
-    combine,
     decode_index,
     find_whole,
     seal_of,
@@ -85,7 +83,6 @@ class Restored:
     source: str
     seconds: float
     size_bytes: int
-    fetched_bytes: int
 
 
 class MemoryRestore:
@@ -189,7 +186,6 @@ class MemoryRestore:
             source="buddy" if whole.needs_buddy else "memory",
             seconds=time.monotonic() - started,
             size_bytes=taken.size_bytes,
-            fetched_bytes=taken.fetched_bytes,
         )
 
 
@@ -228,8 +224,7 @@ class _Taken:
     def __init__(self, state: dict[str, Any], metadata: Metadata, fetched: Fetched) -> None:
         # Mapped for reading only; nobody writes through the tensors that are made of it.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        self.state, self._metadata = state, metadata
-        self.fetched_bytes, self._paths = fetched.fetched_bytes, fetched.paths
+        self.state, self._metadata, self._paths = state, metadata, fetched.paths
         self._maps = {rank: _map(Path(path)) for rank, path in fetched.paths.items()}
 
     @property
@@ -242,9 +237,7 @@ class _Taken:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="elasticd-checksum") as pool:
             for rank, view in self._maps.items():
                 part = index.part(rank)
-                blocks = range(0, len(view), BLOCK_BYTES)
-                crc32 = combine(pool.map(lambda at, view=view: zlib.crc32(view[at : at + BLOCK_BYTES]), blocks))
-                if (len(view), crc32) != (part.size_bytes, part.crc32):
+                if (len(view), checksum_of(view, pool)) != (part.size_bytes, part.crc32):
                     found.append((rank, self._paths[rank]))
         return found
 

@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from elasticd.checkpoint.exchange import share
-from elasticd.checkpoint.memory_layout import Copier, Layout, Outgrown, plan_together
-from elasticd.core.memory import BLOCK_BYTES, Generation, Index, Part, combine, encode_index
+from elasticd.checkpoint.memory_layout import Layout, Outgrown, checksum_of, copy_state, plan_together
+from elasticd.core.memory import Generation, Index, Part, encode_index
 from elasticd.core.model import NodeId
 from elasticd.errors import MemoryRefused
 
@@ -50,7 +50,7 @@ class SavingHost(Protocol):
 
     def begin(self, generation: Generation, size_bytes: int, index_bytes: int) -> tuple[Path, Path | None]: ...
 
-    def seal(self, generation: Generation, crc32: int, index_bytes: int) -> tuple[bool, str]: ...
+    def seal(self, generation: Generation, index_bytes: int) -> tuple[bool, str]: ...
 
     def commit(self, generation: Generation) -> None: ...
 
@@ -93,7 +93,6 @@ class MemoryCounts:
     copied_bytes: int = 0
     stall_s: float = 0.0
     last_stall_s: float = 0.0
-    newest_step: int = -1
 
 
 @dataclass(slots=True)
@@ -132,20 +131,19 @@ class MemoryCopies:
     def step_completed(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """After each step, before it counts. Begins a copy where one is due, when the one before has ended."""
         self.check()
-        if step % self._interval or self._off:
-            return
-        self.begin(state, step)
-        if self._waits_for_each:
-            self.wait()
+        if step % self._interval == 0 and not self._off:
+            self.begin(state, step)
 
     def begin(self, state: Callable[[], dict[str, Any]], step: int) -> None:
-        """Returns once the state may be changed again."""
+        """Returns once the state may be changed again; where each step waits for its own copy, once that has ended."""
         started = time.monotonic()
         self.wait()
         begun = _Begun(Generation(step=step, round_number=self._ranks.round_number), started)
         if not self._off:
             self._copy(begun, state())
             self._launch(begun)
+            if self._waits_for_each:
+                self.wait()
         self._stalled(begun)
 
     def save(self, state: Callable[[], dict[str, Any]], step: int) -> Copied | None:
@@ -195,7 +193,7 @@ class MemoryCopies:
         try:
             path, begun.index_path = self._host.begin(begun.generation, layout.size_bytes, index_bytes)
             begun.target = self._map(path, layout.size_bytes)
-            Copier(layout).copy(state, begun.target)
+            copy_state(layout, state, begun.target)
         except MemoryRefused as error:
             begun.problem = str(error)
         except OSError as error:
@@ -239,13 +237,13 @@ class MemoryCopies:
 
     def _finish(self, begun: _Begun) -> Copied:
         size_bytes = 0 if begun.target is None else len(begun.target)
-        crc32 = 0 if begun.target is None or begun.problem else self._checksum(begun.target)
+        crc32 = 0 if begun.target is None or begun.problem else checksum_of(begun.target, self._hashing)
         mine = {"node": self._host.node_id, "size_bytes": size_bytes, "crc32": crc32, "problem": begun.problem}
         said = share(mine, self._ranks.group)
         problems = [one["problem"] for one in said if one["problem"]]
         if problems:
             return self._void(begun, problems, off=True)
-        at_buddy, reason = self._seal(begun, said, crc32)
+        at_buddy, reason = self._seal(begun, said)
         levels = share([at_buddy, reason], self._ranks.group)
         refused = [why for level, why in levels if level is None]
         if refused:
@@ -253,15 +251,11 @@ class MemoryCopies:
         self._host.commit(begun.generation)
         return self._copied(begun, size_bytes, committed=True, at_buddies=all(level for level, _ in levels))
 
-    def _checksum(self, target: memoryview) -> int:
-        blocks = range(0, len(target), BLOCK_BYTES)
-        return combine(self._hashing.map(lambda at: zlib.crc32(target[at : at + BLOCK_BYTES]), blocks))
-
-    def _seal(self, begun: _Begun, said: list[Any], crc32: int) -> tuple[bool | None, str]:
+    def _seal(self, begun: _Begun, said: list[Any]) -> tuple[bool | None, str]:
         """(kept by a buddy too, or None when it is not kept; why not)."""
         try:
             index_bytes = self._write_index(begun, said)
-            return self._host.seal(begun.generation, crc32, index_bytes)
+            return self._host.seal(begun.generation, index_bytes)
         except MemoryRefused as error:
             reason = str(error)
         except OSError as error:
@@ -310,11 +304,12 @@ class MemoryCopies:
     def _copied(
         self, begun: _Begun, size_bytes: int, *, committed: bool, at_buddies: bool = False, reason: str = ""
     ) -> Copied:
+        seconds = time.monotonic() - begun.started
         return Copied(
             step=begun.generation.step,
             size_bytes=size_bytes,
-            seconds=time.monotonic() - begun.started,
-            stall_s=begun.stall_s,
+            seconds=seconds,
+            stall_s=seconds if self._waits_for_each else begun.stall_s,
             committed=committed,
             at_buddies=at_buddies,
             reason=reason,
@@ -325,7 +320,6 @@ class MemoryCopies:
         if copied.committed:
             self.counts.committed += 1
             self.counts.copied_bytes += copied.size_bytes
-            self.counts.newest_step = copied.step
         else:
             self.counts.void += 1
         self._told(copied)

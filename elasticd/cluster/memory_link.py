@@ -32,6 +32,7 @@ HEADER_LIMIT_BYTES = 4 * 1024 * 1024
 SILENT_S = 10.0
 CONNECT_TIMEOUT_S = 3.0
 MAX_CALLERS = 16
+ACCEPT_AGAIN_S = 0.2
 _PIECE_BYTES = 1024 * 1024
 
 Header = dict[str, Any]
@@ -193,9 +194,8 @@ class DataServer:
         while not self._closing.is_set():
             try:
                 connection, _ = listener.accept()
-            except OSError:
-                if self._closing.is_set():
-                    return
+            except OSError:  # closed; or no descriptor is left, and the caller stays where it is
+                self._closing.wait(ACCEPT_AGAIN_S)
                 continue
             if not self._places.acquire(blocking=False):
                 connection.close()

@@ -74,10 +74,6 @@ class Index:
     metadata_crc32: int
     parts: tuple[Part, ...]
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(part.size_bytes for part in self.parts)
-
     def ranks_of(self, node_id: NodeId) -> frozenset[int]:
         return frozenset(part.rank for part in self.parts if part.node_id == node_id)
 
@@ -135,7 +131,6 @@ class Fetched:
     paths: Mapping[int, str]
     index_path: str
     index_bytes: int
-    fetched_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

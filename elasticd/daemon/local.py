@@ -49,7 +49,7 @@ class Commits(Protocol):
 
     def commit(self, caller: Caller, round_number: int, step: int, path: str) -> None: ...
 
-    def confirm(self, caller: Caller, round_number: int, step: int) -> None: ...
+    def confirm(self, caller: Caller, round_number: int, question: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +215,7 @@ class LocalServer:
             case "commit":
                 self._commits.commit(caller, number, int(message["step"]), str(message["path"]))
             case "fence":
-                self._commits.confirm(caller, number, int(message["step"]))
+                self._commits.confirm(caller, number, int(message["id"]))
             case other:
                 raise ProtocolError(f"a worker does not say {other!r}")
 

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Generation, Holding, Index, decode_index, seal_of
+from elasticd.core.memory import Generation, Holding, Index, seal_of
 from elasticd.core.model import JobId, NodeId
-from elasticd.daemon.memory_files import MemorySettings, Reading, SharedFiles, Shelf, StoredFile
+from elasticd.daemon.memory_files import MemorySettings, Reading, SharedFiles, Shelf, StoredFile, read_index
 from elasticd.daemon.memory_folder import MemoryFolder, sweep
-from elasticd.errors import CheckpointInvalid, MemoryRefused
+from elasticd.errors import MemoryRefused
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +36,16 @@ class _Copy:
     index_file: StoredFile | None = None
     index_bytes: int = 0
     parts: dict[int, StoredFile] = field(default_factory=dict)
-    sealed: dict[int, int] = field(default_factory=dict)  # rank -> checksum
+    sealed: set[int] = field(default_factory=set)  # the ranks whose parts are written
 
     def files(self) -> list[StoredFile]:
         return [*self.parts.values(), *([self.index_file] if self.index_file else [])]
 
+    def take_index(self, index: Index, index_bytes: int) -> None:
+        self.index, self.seal, self.index_bytes = index, seal_of(index), index_bytes
+
     def complete(self, writer: NodeId) -> bool:
-        return self.index is not None and self.index.ranks_of(writer) <= self.sealed.keys()
+        return self.index is not None and self.index.ranks_of(writer) <= self.sealed
 
 
 _Key = tuple[Generation, NodeId]  # the node that wrote it
@@ -64,9 +66,8 @@ class _Job:
 class Held:
     """For the metrics."""
 
-    own_bytes: int = 0
-    copied_bytes: int = 0
-    newest_step: int | None = None
+    own_bytes: int
+    copied_bytes: int
 
 
 class MemoryStore:
@@ -132,7 +133,7 @@ class MemoryStore:
             copy.index_file = file
         return file
 
-    def seal(self, job_id: JobId, rank: int, generation: Generation, crc32: int, index_bytes: int) -> bool:
+    def seal(self, job_id: JobId, rank: int, generation: Generation, index_bytes: int) -> bool:
         """The part is written, and with ``index_bytes`` the index is. Whether all of this node's ranks have said so.
 
         MemoryRefused when it is not of one piece after all.
@@ -141,9 +142,11 @@ class MemoryStore:
             copy = self._job(job_id).copies.get((generation, self._me))
             if copy is None or rank not in copy.parts:
                 raise MemoryRefused(f"no copy of step {generation.step} was begun for rank {rank}")
-            copy.sealed[rank] = crc32
+            copy.sealed.add(rank)
             if index_bytes:
-                self._take_index(copy, index_bytes)
+                if copy.index_file is None or index_bytes > copy.index_file.size_bytes:
+                    raise MemoryRefused("an index is longer than was said")
+                copy.take_index(read_index(copy.index_file, index_bytes), index_bytes)
             return copy.complete(self._me)
 
     def abandon(self, job_id: JobId, generation: Generation) -> None:
@@ -165,9 +168,7 @@ class MemoryStore:
                         self._forget_part(job, copy, rank)
                     if copy.index_file is not None and copy.index_file.tag == f"{tag}.index":
                         self._drop_index(job, copy)
-                ours = [file for file in job.shelf.spares if file.tag in (tag, f"{tag}.index")]
-                job.shelf.spares = [file for file in job.shelf.spares if file not in ours]
-                self._files.free(job.shelf, ours, again=False)
+                self._files.free_spares(job.shelf, lambda spare_tag: spare_tag in (tag, f"{tag}.index"))
 
     def commit(self, job_id: JobId, generation: Generation) -> None:
         """This generation is safe on every rank: whatever is older is not needed any more."""
@@ -175,7 +176,8 @@ class MemoryStore:
             job = self._jobs.get(job_id)
             if job is not None:
                 for key in [key for key in job.copies if key[0] < generation]:
-                    self._files.free(job.shelf, job.copies.pop(key).files(), again=True)
+                    again = key[0].round_number == generation.round_number  # workers of another round are gone
+                    self._files.free(job.shelf, job.copies.pop(key).files(), again=again)
 
     def keep_only(self, job_id: JobId, generation: Generation | None) -> None:
         """The job goes on from this generation (None: from elsewhere): others are void, older and newer ones."""
@@ -183,11 +185,12 @@ class MemoryStore:
             job = self._jobs.get(job_id)
             if job is None:
                 return
+            self._files.free_spares(job.shelf, lambda _: True)
             for key in [key for key in job.copies if key[0] != generation]:
                 self._files.free(job.shelf, job.copies.pop(key).files(), again=False)
             for key, copy in list(job.copies.items()):
                 for rank in [rank for rank, file in copy.parts.items() if file.fetched]:
-                    del copy.sealed[rank]
+                    copy.sealed.remove(rank)
                     self._files.free(job.shelf, [copy.parts.pop(rank)], again=False)
                 if not copy.parts:
                     self._files.free(job.shelf, job.copies.pop(key).files(), again=False)
@@ -207,7 +210,7 @@ class MemoryStore:
                 file = copy.parts.get(rank)
                 if one == generation and file is not None and str(file.path) == path:
                     log.warning("memory: the part of rank %d of step %d is damaged", rank, generation.step)
-                    copy.sealed.pop(rank, None)
+                    copy.sealed.discard(rank)
                     self._files.free(job.shelf, [copy.parts.pop(rank)], again=False)
 
     # --- what is there ---
@@ -262,15 +265,12 @@ class MemoryStore:
     def held(self) -> Held:
         with self._lock:
             own = copied = 0
-            steps = []
             for job in self._jobs.values():
                 own += sum(file.size_bytes for file in job.shelf.spares)
-                for (generation, writer), copy in job.copies.items():
+                for (_, writer), copy in job.copies.items():
                     size_bytes = sum(file.size_bytes for file in copy.files())
                     own, copied = (own + size_bytes, copied) if writer == self._me else (own, copied + size_bytes)
-                    if writer == self._me and copy.complete(writer):
-                        steps.append(generation.step)
-            return Held(own_bytes=own, copied_bytes=copied, newest_step=max(steps, default=None))
+            return Held(own_bytes=own, copied_bytes=copied)
 
     # --- copies of what other nodes' workers wrote ---
 
@@ -292,25 +292,22 @@ class MemoryStore:
         return file
 
     def take_copy(
-        self, job_id: JobId, writer: NodeId, index_file: StoredFile, index_bytes: int, parts: dict[int, StoredFile]
+        self, job_id: JobId, writer: NodeId, index: Index, index_file: StoredFile, parts: dict[int, StoredFile]
     ) -> None:
-        """What was received is whole, and its checksums match the index. CheckpointInvalid when there is none in it."""
-        copy = _Copy(index_file=index_file)
-        self._take_index(copy, index_bytes)
-        assert copy.index is not None
-        copy.parts = dict(parts)
-        copy.sealed = {rank: copy.index.part(rank).crc32 for rank in parts}
+        """What was received is whole, and its checksums match the index."""
+        copy = _Copy(index_file=index_file, parts=dict(parts), sealed=set(parts))
+        copy.take_index(index, index_file.size_bytes)
         with self._lock:
             job = self._job(job_id)
-            old = job.copies.get((copy.index.generation, writer))
+            old = job.copies.get((index.generation, writer))
             if old is not None and old.seal == copy.seal:  # parts that are here already stay
                 kept = {rank: file for rank, file in old.parts.items() if rank not in parts}
                 copy.parts |= kept
-                copy.sealed |= {rank: old.sealed[rank] for rank in kept}
+                copy.sealed |= kept.keys()
                 self._files.free(job.shelf, [file for file in old.files() if file not in kept.values()], again=False)
             elif old is not None:
                 self._files.free(job.shelf, old.files(), again=False)
-            job.copies[copy.index.generation, writer] = copy
+            job.copies[index.generation, writer] = copy
             for file in copy.files():
                 self._files.hand_over(job.shelf, file)
 
@@ -341,23 +338,13 @@ class MemoryStore:
         found = self._job(job_id).copies.items()
         return [copy for (one, _), copy in found if one == generation and copy.index is not None and copy.seal == seal]
 
-    def _take_index(self, copy: _Copy, index_bytes: int) -> None:
-        if copy.index_file is None or index_bytes > copy.index_file.size_bytes:
-            raise MemoryRefused("an index is longer than was said")
-        head = os.pread(copy.index_file.descriptor, min(index_bytes, MAX_INDEX_LINE_BYTES), 0)
-        try:
-            copy.index = decode_index(head.partition(b"\n")[0])
-        except CheckpointInvalid as error:
-            raise MemoryRefused(str(error)) from error
-        copy.seal, copy.index_bytes = seal_of(copy.index), index_bytes
-
     def _older_bytes(self, job: _Job, generation: Generation) -> int:
         with self._lock:
             older = [copy for (one, _), copy in job.copies.items() if one.round_number < generation.round_number]
             return sum(file.size_bytes for copy in older for file in copy.files())
 
     def _forget_part(self, job: _Job, copy: _Copy, rank: int) -> None:
-        copy.sealed.pop(rank, None)
+        copy.sealed.discard(rank)
         file = copy.parts.pop(rank, None)
         if file is not None:
             copy.index = None

@@ -7,7 +7,6 @@ that wrote it, and every byte is checked against the index on arrival. Not here:
 from __future__ import annotations
 
 import contextlib
-import os
 import ssl
 import threading
 import time
@@ -17,11 +16,11 @@ from functools import partial
 from typing import Any
 
 from elasticd.cluster.memory_link import DataConnection, Header
-from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Generation, Index, decode_index, format_bytes, seal_of
+from elasticd.core.memory import Generation, Index, format_bytes, seal_of
 from elasticd.core.model import JobId, NodeId
 from elasticd.daemon.memory import MemoryStore
-from elasticd.daemon.memory_files import Reading, StoredFile
-from elasticd.errors import CheckpointInvalid, MemoryRefused
+from elasticd.daemon.memory_files import Reading, StoredFile, read_index
+from elasticd.errors import MemoryRefused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +52,12 @@ class Wanted:
 
 
 class Copies:
-    """This node's part in it. ``takes_part``: whether this node is in that job now, and so keeps copies for it."""
+    """This node's part in it. ``enter``: MemoryRefused when this node is not in that job now: then it keeps nothing."""
 
     def __init__(
-        self, me: NodeId, store: MemoryStore, tls: ssl.SSLContext | None, takes_part: Callable[[JobId], bool]
+        self, me: NodeId, store: MemoryStore, tls: ssl.SSLContext | None, enter: Callable[[JobId], None]
     ) -> None:
-        self._me, self._store, self._tls, self._takes_part = me, store, tls, takes_part
+        self._me, self._store, self._tls, self._enter = me, store, tls, enter
         self._fetching = threading.Lock()
 
     # --- the side that asks ---
@@ -85,8 +84,9 @@ class Copies:
                     "committed": _plain(committed),
                 }
             )
-            for file in files:
-                connection.send_file(file.descriptor, file.size_bytes)
+            with contextlib.suppress(ConnectionError):  # it refused half-way, and hung up: its answer says why
+                for file in files:
+                    connection.send_file(file.descriptor, file.size_bytes)
             connection.answer()
         return Sent(size_bytes=sum(file.size_bytes for file in files), seconds=time.monotonic() - started)
 
@@ -101,20 +101,14 @@ class Copies:
                     missing.setdefault((writer, nodes), []).append(rank)
             if not missing and not self._is_here(partial(self._index, wanted)):
                 missing = {(wanted.index_from[0], wanted.index_from): []}
-            fetched = sum(
-                self._from_any(wanted, writer, ranks, nodes, places) for (writer, nodes), ranks in missing.items()
-            )
+            for (writer, nodes), ranks in missing.items():
+                self._from_any(wanted, writer, ranks, nodes, places)
         paths = []
         for rank in wanted.parts:
             with self._part(wanted, rank) as part:
                 paths.append([rank, str(part.path)])
         with self._index(wanted) as index:
-            return {
-                "paths": paths,
-                "index_path": str(index.path),
-                "index_bytes": index.size_bytes,
-                "fetched_bytes": fetched,
-            }
+            return {"paths": paths, "index_path": str(index.path), "index_bytes": index.size_bytes}
 
     def _from_any(
         self,
@@ -123,8 +117,8 @@ class Copies:
         ranks: list[int],
         nodes: tuple[NodeId, ...],
         places: Mapping[NodeId, Place],
-    ) -> int:
-        """From the first of these nodes that gives it; how many bytes. MemoryRefused, with all reasons, when none."""
+    ) -> None:
+        """From the first of these nodes that gives it. MemoryRefused, with all reasons, when none does."""
         reasons = []
         for node_id in nodes:
             place = places.get(node_id)
@@ -132,21 +126,22 @@ class Copies:
                 reasons.append(f"node {node_id} cannot be asked")
                 continue
             try:
-                return self._get(wanted, writer, ranks, place)
+                self._get(wanted, writer, ranks, place)
             except MemoryRefused as error:
                 reasons.append(str(error))
+            else:
+                return
         raise MemoryRefused("; ".join(reasons) or f"nobody has the parts of ranks {ranks}")
 
-    def _get(self, wanted: Wanted, writer: NodeId, ranks: list[int], of: Place) -> int:
+    def _get(self, wanted: Wanted, writer: NodeId, ranks: list[int], of: Place) -> None:
         generation = wanted.generation
-        request = {"op": "get", "job": wanted.job_id, "writer": writer, "ranks": ranks, "seal": wanted.seal}
+        request = {"op": "get", "job": wanted.job_id, "ranks": ranks, "seal": wanted.seal}
         request |= {"step": generation.step, "round": generation.round_number}
         with _refusals(of.node_id), DataConnection.dial(of.address, of.port, self._tls) as connection:
             index_bytes = int(connection.ask(request)["index_bytes"])
             index = self._receive(connection, wanted.job_id, writer, index_bytes, ranks, fetched=True)
             if (index.generation, seal_of(index)) != (generation, wanted.seal):
                 raise MemoryRefused("it sent another generation")
-            return index_bytes + sum(index.part(rank).size_bytes for rank in ranks)
 
     def _part(self, wanted: Wanted, rank: int) -> Reading:
         return self._store.part(wanted.job_id, wanted.generation, wanted.seal, rank)
@@ -166,8 +161,7 @@ class Copies:
     def serve(self, connection: DataConnection, header: Header) -> None:
         """One request. What is wrong with it is raised, and ends the connection."""
         job_id = JobId(str(header["job"]))
-        if not self._takes_part(job_id):
-            raise MemoryRefused(f"node {self._me} does not take part in job {job_id}")
+        self._enter(job_id)
         match header.get("op"):
             case "put":
                 self._serve_put(connection, header, job_id)
@@ -216,7 +210,7 @@ class Copies:
             index_file = self._store.receive_index(job_id, writer, index_bytes, f"from-{writer}")
             taken.append(index_file)
             connection.receive_file(index_file.descriptor, index_bytes)
-            index = _read_index(index_file, index_bytes)
+            index = read_index(index_file, index_bytes)
             if not set(ranks) <= index.ranks_of(writer):
                 raise MemoryRefused(f"node {writer} did not write the parts of ranks {ranks}")
             name = f"step-{index.generation.step}.r{index.generation.round_number}.from-{writer}"
@@ -230,18 +224,11 @@ class Copies:
                         f"the part of rank {part.rank} of step {index.generation.step} "
                         f"({format_bytes(part.size_bytes)}) does not match its checksum"
                     )
-            self._store.take_copy(job_id, writer, index_file, index_bytes, parts)
+            self._store.take_copy(job_id, writer, index, index_file, parts)
         except BaseException:
             self._store.discard(job_id, taken)
             raise
         return index
-
-
-def _read_index(file: StoredFile, index_bytes: int) -> Index:
-    try:
-        return decode_index(os.pread(file.descriptor, min(index_bytes, MAX_INDEX_LINE_BYTES), 0).partition(b"\n")[0])
-    except CheckpointInvalid as error:
-        raise MemoryRefused(str(error)) from error
 
 
 def _plain(generation: Generation | None) -> list[int] | None:
@@ -253,7 +240,5 @@ def _refusals(node_id: NodeId) -> Iterator[None]:
     """Whatever goes wrong with another node is one kind of failure here, and says which node it was."""
     try:
         yield
-    except MemoryRefused as error:
-        raise MemoryRefused(f"node {node_id}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (MemoryRefused, OSError, ValueError, KeyError, TypeError) as error:
         raise MemoryRefused(f"node {node_id}: {error}") from error

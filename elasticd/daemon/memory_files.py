@@ -8,12 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from elasticd.core.memory import format_bytes
+from elasticd.core.memory import MAX_INDEX_LINE_BYTES, Index, decode_index, format_bytes
 from elasticd.core.model import NodeId
-from elasticd.errors import MemoryRefused
+from elasticd.errors import CheckpointInvalid, MemoryRefused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +97,7 @@ class SharedFiles:
                 shelf.spares.remove(spare)
                 spare.path = spare.path.rename(path)
                 return spare
-            self.free(shelf, [one for one in shelf.spares if one.tag == tag], again=False)
-            shelf.spares = [one for one in shelf.spares if one.tag != tag]
+            self.free_spares(shelf, lambda spare_tag: spare_tag == tag)
             if self.used_bytes + size_bytes > self._settings.limit_bytes:
                 raise MemoryRefused(self._too_much(size_bytes, "beside those that must stay"))
             self.used_bytes += size_bytes
@@ -136,16 +136,28 @@ class SharedFiles:
     def free(self, shelf: Shelf | None, files: list[StoredFile], *, again: bool) -> None:
         """``again``: one file of each tag is kept for its next user: fresh pages cost more than the copy itself."""
         with self._lock:
-            self._free(shelf, files, again=again)
+            for file in files:
+                if shelf and again and not file.fetched and all(one.tag != file.tag for one in shelf.spares):
+                    shelf.spares.append(file)
+                    continue
+                file.path.unlink(missing_ok=True)
+                os.close(file.descriptor)
+                self.used_bytes -= file.size_bytes
 
-    def _free(self, shelf: Shelf | None, files: list[StoredFile], *, again: bool) -> None:
-        for file in files:
-            if shelf is not None and again and not file.fetched and all(one.tag != file.tag for one in shelf.spares):
-                shelf.spares.append(file)
-                continue
-            file.path.unlink(missing_ok=True)
-            os.close(file.descriptor)
-            self.used_bytes -= file.size_bytes
+    def free_spares(self, shelf: Shelf, unwanted: Callable[[str], bool]) -> None:
+        """Those whose tag will not be asked for again, or not with their size."""
+        with self._lock:
+            self.free(shelf, [file for file in shelf.spares if unwanted(file.tag)], again=False)
+            shelf.spares = [file for file in shelf.spares if not unwanted(file.tag)]
+
+
+def read_index(file: StoredFile, index_bytes: int) -> Index:
+    """The index at the file's start. MemoryRefused when it is not one."""
+    head = os.pread(file.descriptor, min(index_bytes, MAX_INDEX_LINE_BYTES), 0)
+    try:
+        return decode_index(head.partition(b"\n")[0])
+    except CheckpointInvalid as error:
+        raise MemoryRefused(str(error)) from error
 
 
 def _free_bytes(folder: str) -> int:

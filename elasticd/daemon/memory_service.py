@@ -71,7 +71,7 @@ class MemoryService:
         self._me, self._world, self._tell = me, world, tell
         self._loop = asyncio.get_running_loop()
         self.store = MemoryStore(settings, me)
-        self._copies = Copies(me, self.store, links.client_tls, self._takes_part)
+        self._copies = Copies(me, self.store, links.client_tls, self._enter)
         self._server = DataServer(self._copies.serve, links.server_tls)
         self._control = ThreadPoolExecutor(1, thread_name_prefix="elasticd-memory")
         self._copying = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="elasticd-memory-copy")
@@ -151,7 +151,7 @@ class MemoryService:
         self._quietly(self.store.forget_writer, _tag(caller))
 
     def _begin(self, caller: Caller, generation: Generation, size_bytes: int, index_bytes: int) -> dict[str, Any]:
-        self.store.enter(caller.job_id, self._owner)
+        self._enter(caller.job_id)
         part = self.store.begin(caller.job_id, caller.rank, generation, size_bytes, _tag(caller))
         answer = {"path": str(part.path)}
         if index_bytes:
@@ -161,11 +161,11 @@ class MemoryService:
 
     def _seal(self, caller: Caller, message: Message, generation: Generation) -> None:
         """Answered once the parts of all local ranks are where they are to be."""
-        crc32, index_bytes = int(message["crc32"]), int(message["index_bytes"])
+        index_bytes = int(message["index_bytes"])
         self._sealers.setdefault(generation, []).append((caller, message))
 
         def work() -> None:
-            if self.store.seal(caller.job_id, caller.rank, generation, crc32, index_bytes):
+            if self.store.seal(caller.job_id, caller.rank, generation, index_bytes):
                 self._soon(self._keep, caller.job_id, generation)
 
         self._submit(self._control, work, lambda reason: self._soon(self._void, caller.job_id, generation, reason))
@@ -256,7 +256,7 @@ class MemoryService:
         places = self._world().places
 
         def work() -> dict[str, Any]:
-            self.store.enter(caller.job_id, self._owner)
+            self._enter(caller.job_id)
             return self._copies.fetch(wanted, places)
 
         self._run(caller, message, work, self._copying)
@@ -306,12 +306,14 @@ class MemoryService:
     def _answer(self, caller: Caller, message: Message, answer: Mapping[str, object]) -> None:
         caller.send({"type": "memory_answer", "id": int(message["id"]), **answer})
 
-    def _takes_part(self, job_id: JobId) -> bool:
-        """In a server's thread. Makes room for the job's first copy."""
+    def _enter(self, job_id: JobId) -> None:
+        """In any thread: makes room for the job's first copy. MemoryRefused when this node is not in it (any more).
+
+        What has waited for its turn while the job ended must not make room for it again: nobody would remove it.
+        """
         if job_id != self._job_id or self._closing:
-            return False
+            raise MemoryRefused(f"node {self._me} does not take part in job {job_id}")
         self.store.enter(job_id, self._owner)
-        return True
 
 
 def _why_so_near(buddy: Buddy) -> list[str]:

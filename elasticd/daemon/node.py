@@ -274,11 +274,11 @@ class NodeLoop:
         value = json.dumps({"step": step, "path": path, "round": round_number}, sort_keys=True)
         self.keeper.commit(keys.checkpoint(caller.job_id), value, fence, answer)
 
-    def confirm(self, caller: Caller, round_number: int, step: int) -> None:
-        """Whether the round stands, for a worker that is about to give a checkpoint its name."""
+    def confirm(self, caller: Caller, round_number: int, question: int) -> None:
+        """Whether the round stands, for a worker that is about to give a checkpoint its name. ``question``: its id."""
 
         def answer(stands: bool | None, reason: str) -> None:  # noqa: FBT001
-            told = {"type": "fence_result", "step": step, "stands": stands, "reason": reason}
+            told = {"type": "fence_result", "id": question, "stands": stands, "reason": reason}
             self._loop.call_soon_threadsafe(caller.send, told)
 
         fence = self._fence_of(caller, round_number)

@@ -31,6 +31,7 @@ from elasticd.daemon.node import NodeLoop
 from elasticd.metrics import definitions
 from elasticd.metrics.exporter import Endpoint, Exporter, Request, Response
 from elasticd.metrics.gpu import Gpus
+from elasticd.metrics.job import JobInstruments
 from elasticd.metrics.machine import health, job_families, node_families, target_groups
 from elasticd.metrics.memory import MemoryMetrics, held_families
 from elasticd.metrics.node import NodeCollector, read_capacity
@@ -49,29 +50,25 @@ TURN_TIMEOUT_S = 5.0
 
 
 class JobMetrics:
-    """What is counted as it happens. Cleared when another job is taken: samples of old jobs would pile up."""
+    """What is counted as it happens."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.store_outages = definitions.STORE_OUTAGES.instrument(registry)
         self.leases_lost = definitions.LEASES_LOST.instrument(registry)
         self.detection = definitions.DETECTION.instrument(registry)
-        self.recovery = definitions.RECOVERY.instrument(registry)
-        self.proposed = definitions.PROPOSED.instrument(registry)
-        self.worker_failures = definitions.WORKER_FAILURES.instrument(registry)
-        self.commits = definitions.CHECKPOINT_COMMITS.instrument(registry)
-        self.saving = SavingMetrics(registry)
-        self.memory = MemoryMetrics(registry)
+        self._of_job = of_job = JobInstruments(registry)
+        self.recovery = of_job.histogram(definitions.RECOVERY)
+        self.proposed = of_job.counter(definitions.PROPOSED)
+        self.worker_failures = of_job.counter(definitions.WORKER_FAILURES)
+        self.commits = of_job.counter(definitions.CHECKPOINT_COMMITS, "committed", "refused")
+        self.saving = SavingMetrics(of_job)
+        self.memory = MemoryMetrics(of_job)
         for how in ("refused", "silent", "worker_exit"):
             self.detection.labels(how)
 
     def begin(self, job_id: JobId) -> None:
-        for of_a_job in (self.recovery, self.proposed, self.worker_failures, self.commits):
-            of_a_job.clear()
-        self.worker_failures.labels(job_id)
-        self.saving.begin(job_id)
+        self._of_job.begin(job_id)
         self.memory.begin(job_id)
-        for result in ("committed", "refused"):
-            self.commits.labels(job_id, result)
 
 
 class Tracker:

@@ -5,47 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from elasticd.core.model import JobId
 from elasticd.metrics import definitions
-from elasticd.metrics.training import number_of, whole_of
+from elasticd.metrics.job import JobInstruments
+from elasticd.metrics.training import number_of, one_of, whole_of
 
 RESULTS = ("committed", "void")
 SOURCES = ("memory", "buddy", "disk")
 
 
 class MemoryMetrics:
-    """Cleared when another job is taken. TypeError, ValueError or KeyError for a message that is not of its form."""
+    """TypeError, ValueError or KeyError for a message that is not of its form."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._copies = definitions.MEMORY_COPIES.instrument(registry)
-        self._stall = definitions.MEMORY_STALL.instrument(registry)
-        self._refusals = definitions.MEMORY_REFUSALS.instrument(registry)
-        self._sent = definitions.MEMORY_SENT.instrument(registry)
-        self._sending = definitions.MEMORY_SEND_SECONDS.instrument(registry)
-        self._restores = definitions.RESTORES.instrument(registry)
-        self._restoring = definitions.RESTORE_SECONDS.instrument(registry)
+    def __init__(self, of_job: JobInstruments) -> None:
+        self._copies = of_job.counter(definitions.MEMORY_COPIES, *RESULTS)
+        self._stall = of_job.counter(definitions.MEMORY_STALL)
+        self._refusals = of_job.counter(definitions.MEMORY_REFUSALS)
+        self._sent = of_job.counter(definitions.MEMORY_SENT)
+        self._sending = of_job.histogram(definitions.MEMORY_SEND_SECONDS)
+        self._restores = of_job.counter(definitions.RESTORES, *SOURCES)
+        self._restoring = of_job.histogram(definitions.RESTORE_SECONDS)
         self._job_id = JobId("")
         self._newest: tuple[int, float] | None = None  # step, when in Unix time
         self._at_buddy: bool | None = None
 
     def begin(self, job_id: JobId) -> None:
-        every = (self._copies, self._stall, self._refusals, self._sent, self._sending, self._restores, self._restoring)
-        for of_a_job in every:
-            of_a_job.clear()
         self._job_id, self._newest, self._at_buddy = job_id, None, None
-        for result in RESULTS:
-            self._copies.labels(job_id, result)
-        for source in SOURCES:
-            self._restores.labels(job_id, source)
-        for counter in (self._stall, self._refusals, self._sent):
-            counter.labels(job_id)
 
     def copied(self, message: Mapping[str, object]) -> None:
         """How a copy of one rank ended."""
-        result = _one_of(RESULTS, message["result"])
+        result = one_of(RESULTS, message["result"])
         self._copies.labels(self._job_id, result).inc()
         self._stall.labels(self._job_id).inc(number_of(message["stall_seconds"]))
         if result == "committed":
@@ -62,7 +53,7 @@ class MemoryMetrics:
         self._refusals.labels(self._job_id).inc()
 
     def restored(self, message: Mapping[str, object]) -> None:
-        source = _one_of(SOURCES, message["source"])
+        source = one_of(SOURCES, message["source"])
         self._restores.labels(self._job_id, source).inc()
         self._restoring.labels(self._job_id, source).observe(number_of(message["seconds"]))
 
@@ -83,9 +74,3 @@ def held_families(own_bytes: int, copied_bytes: int, limit_bytes: int) -> Iterat
     held.add_metric(["copied"], copied_bytes)
     yield held
     yield definitions.MEMORY_LIMIT.of(limit_bytes)
-
-
-def _one_of(known: tuple[str, ...], value: object) -> str:
-    if value not in known:
-        raise ValueError(f"{value!r} is none of {', '.join(known)}")
-    return str(value)

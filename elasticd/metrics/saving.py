@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry
-
 from elasticd.core.model import JobId
 from elasticd.metrics import definitions
-from elasticd.metrics.training import number_of, whole_of
+from elasticd.metrics.job import JobInstruments
+from elasticd.metrics.training import number_of, one_of, whole_of
 
 RESULTS = ("saved", "failed")
 
@@ -27,11 +26,8 @@ class SaveReport:
     @classmethod
     def from_message(cls, message: Mapping[str, object]) -> SaveReport:
         """TypeError, ValueError or KeyError when it is not one."""
-        result = str(message["result"])
-        if result not in RESULTS:
-            raise ValueError(f"{result!r} is not how a save ends")
         return cls(
-            result=result,
+            result=one_of(RESULTS, message["result"]),
             size_bytes=whole_of(message["size_bytes"]),
             seconds=number_of(message["seconds"]),
             stall_seconds=number_of(message["stall_seconds"]),
@@ -40,23 +36,13 @@ class SaveReport:
 
 
 class SavingMetrics:
-    """Cleared when another job is taken."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._saves = definitions.CHECKPOINT_SAVES.instrument(registry)
-        self._bytes = definitions.CHECKPOINT_BYTES.instrument(registry)
-        self._seconds = definitions.CHECKPOINT_SECONDS.instrument(registry)
-        self._stall = definitions.CHECKPOINT_STALL.instrument(registry)
-        self._waits = definitions.CHECKPOINT_WAITS.instrument(registry)
-        self._damaged = definitions.CHECKPOINT_DAMAGED.instrument(registry)
-
-    def begin(self, job_id: JobId) -> None:
-        for of_a_job in (self._saves, self._bytes, self._seconds, self._stall, self._waits, self._damaged):
-            of_a_job.clear()
-        for result in RESULTS:
-            self._saves.labels(job_id, result)
-        for counter in (self._bytes, self._stall, self._waits, self._damaged):
-            counter.labels(job_id)
+    def __init__(self, of_job: JobInstruments) -> None:
+        self._saves = of_job.counter(definitions.CHECKPOINT_SAVES, *RESULTS)
+        self._bytes = of_job.counter(definitions.CHECKPOINT_BYTES)
+        self._seconds = of_job.histogram(definitions.CHECKPOINT_SECONDS)
+        self._stall = of_job.counter(definitions.CHECKPOINT_STALL)
+        self._waits = of_job.counter(definitions.CHECKPOINT_WAITS)
+        self._damaged = of_job.counter(definitions.CHECKPOINT_DAMAGED)
 
     def ended(self, job_id: JobId, report: SaveReport) -> None:
         self._saves.labels(job_id, report.result).inc()

@@ -167,3 +167,10 @@ def whole_of(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise TypeError(f"{value!r} is not a count")
     return value
+
+
+def one_of(known: tuple[str, ...], value: object) -> str:
+    """ValueError when it is none of them."""
+    if value not in known:
+        raise ValueError(f"{value!r} is none of {', '.join(known)}")
+    return str(value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 
-from elasticd.errors import Fenced, StoreUnavailable
+from elasticd.errors import ChannelClosed, Fenced, StoreUnavailable
 from elasticd.worker.link import DaemonLink
 
 #: For how long one question waits: etcd's own time-outs, for a few of its members.
@@ -28,11 +28,13 @@ class RoundFence:
     def __call__(self, step: int, *, patient: bool) -> None:
         deadline_s = time.monotonic() + (self._patience_s if patient else 0.0)
         while True:
-            answer = self._link.ask_fence(step, ANSWER_S)
-            if answer.stands:
+            try:
+                answer = self._link.request({"type": "fence", "step": step}, ANSWER_S)
+            except ChannelClosed as error:
+                answer = {"stands": None, "reason": str(error)}
+            if answer["stands"]:
                 return
-            if answer.stands is False:
-                raise Fenced(answer.reason)
-            if time.monotonic() > deadline_s or self._link.closed:
-                raise StoreUnavailable(f"whether the round still stands could not be learned: {answer.reason}")
-            time.sleep(PAUSE_S)
+            if answer["stands"] is False:
+                raise Fenced(answer["reason"])
+            if time.monotonic() > deadline_s or self._link.wait_closed(PAUSE_S):
+                raise StoreUnavailable(f"whether the round still stands could not be learned: {answer['reason']}")

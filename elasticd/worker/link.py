@@ -78,14 +78,6 @@ class Folded:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FenceAnswer:
-    """``stands`` is None when nobody could tell."""
-
-    stands: bool | None
-    reason: str = ""
-
-
 class DaemonLink:
     """ChannelClosed from the constructor when nobody listens at ``path``."""
 
@@ -98,7 +90,6 @@ class DaemonLink:
         self._round_number = int(hello["round"])
         self._stop_need = Need.NOTHING
         self._refusal = ""
-        self._fences: queue.SimpleQueue[tuple[int, FenceAnswer]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._drained = threading.Event()
         self._ready = threading.Condition()
@@ -157,23 +148,6 @@ class DaemonLink:
             raise ChannelClosed("the daemon is gone")
         return answer
 
-    @property
-    def closed(self) -> bool:
-        return self._closed.is_set()
-
-    def ask_fence(self, step: int, timeout_s: float) -> FenceAnswer:
-        """Whether the round still stands, for one who is about to publish this step. One question at a time."""
-        self.post({"type": "fence", "step": step})
-        deadline_s = time.monotonic() + timeout_s
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            if self._closed.is_set():
-                return FenceAnswer(stands=None, reason="the connection to the daemon is lost")
-            with contextlib.suppress(queue.Empty):
-                asked, answer = self._fences.get(timeout=min(left_s, 0.5))
-                if asked == step:  # and no late answer to an earlier question
-                    return answer
-        return FenceAnswer(stands=None, reason="the daemon gave no answer")
-
     def wait_closed(self, timeout_s: float | None = None) -> bool:
         """Wait until the daemon is gone. Whether it is."""
         return self._closed.wait(timeout_s)
@@ -201,19 +175,12 @@ class DaemonLink:
     def _receive(self, message: Message) -> None:
         if message["type"] == "boundary_wanted" and message.get("round") == self._round_number:
             self._stop_need = Need(message.get("need", Need.DISK))
-        elif message["type"] == "commit_result" and not message.get("committed", True):
+        elif message.get("committed") is False or message.get("stands") is False:  # of a commit, or of the fence
             self._refusal = str(message.get("reason") or "a newer round stands")
-        elif message["type"] == "memory_answer":
-            with self._ready:
-                asked = self._asked.get(message["id"])
-            if asked is not None:
-                asked.put(message)
-        elif message["type"] == "fence_result":
-            stands = message.get("stands")
-            answer = FenceAnswer(stands=None if stands is None else bool(stands), reason=str(message.get("reason", "")))
-            if answer.stands is False:
-                self._refusal = answer.reason or "a newer round stands"
-            self._fences.put((int(message["step"]), answer))
+        with self._ready:
+            asked = self._asked.get(message.get("id", 0))
+        if asked is not None:
+            asked.put(message)
 
     def _write(self, channel: Channel) -> None:
         try:

@@ -29,9 +29,9 @@ class MemoryHost:
         index_path = answer.get("index_path")
         return Path(answer["path"]), Path(index_path) if index_path else None
 
-    def seal(self, generation: Generation, crc32: int, index_bytes: int) -> tuple[bool, str]:
+    def seal(self, generation: Generation, index_bytes: int) -> tuple[bool, str]:
         """The files are written. Returns once this node's parts are kept: whether by a buddy too, or why not."""
-        answer = self._ask("seal", generation, crc32=crc32, index_bytes=index_bytes)
+        answer = self._ask("seal", generation, index_bytes=index_bytes)
         return bool(answer["at_buddy"]), str(answer["reason"])
 
     def commit(self, generation: Generation) -> None:
@@ -66,7 +66,6 @@ class MemoryHost:
             paths={int(rank): str(path) for rank, path in answer["paths"]},
             index_path=str(answer["index_path"]),
             index_bytes=int(answer["index_bytes"]),
-            fetched_bytes=int(answer["fetched_bytes"]),
         )
 
     def restored(self, generation: Generation | None) -> None:
