@@ -285,7 +285,13 @@ MISTAKES = [
     (["pin", "DIR", "7"], "no checkpoint of step 7"),
     (["export", "DIR", "1", "DIR"], "exists already"),
     (["prune", "DIR", "--keep", "0"], "keep at least the last one"),
+    # What the file system refuses. LONG is a name that none takes: permissions do not bind root.
+    (["ls", "DIR/LONG"], "LONG: File name too long"),
+    (["verify", "DIR", "--metrics-file", "DIR/LONG"], "File name too long"),
+    (["export", "DIR", "1", "DIR/LONG"], "LONG: File name too long"),
+    (["export", "DIR", "1", "DIR/step-1/manifest.json/out"], "manifest.json/out: Not a directory"),
 ]
+LONG = 300 * "x"
 
 
 @pytest.mark.parametrize(("arguments", "why"), MISTAKES)
@@ -293,9 +299,9 @@ def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], why: str
 ) -> None:
     save(tmp_path, 1)
-    assert run(*[argument.replace("DIR", str(tmp_path)) for argument in arguments]) == 2
+    assert run(*[argument.replace("DIR", str(tmp_path)).replace("LONG", LONG) for argument in arguments]) == 2
     error = capsys.readouterr().err
-    assert why in error
+    assert why.replace("LONG", LONG) in error
     assert error.count("\n") == 1
 
 
