@@ -21,9 +21,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_checkpoint import data_file, flip, names, save, state_of
 
 from elasticd.checkpoint import storage
+from elasticd.checkpoint.pace import Pace
 from elasticd.checkpoint.retention import Keep, Standing, choose_doomed
-from elasticd.checkpoint.storage import Pace
 from elasticd.cli import run_cli
+from elasticd.commands import checkpoints
 from elasticd.errors import ConfigError
 
 # --- retention, pure ---
@@ -157,8 +158,7 @@ def test_verify_keeps_to_its_rate(
 ) -> None:
     save(tmp_path, 1)
     slept: list[float] = []
-    real = storage.Pace
-    monkeypatch.setattr(storage, "Pace", lambda rate: real(rate, sleep=slept.append))
+    monkeypatch.setattr(checkpoints, "Pace", lambda rate: Pace(rate, sleep=slept.append))
     assert run("verify", tmp_path, "--rate", 0.001) == 0
     size_bytes = storage.verify(tmp_path / "step-1").size_bytes
     assert max(slept) == pytest.approx(size_bytes / 1000, rel=0.1)
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_retention_removes_during_a_scrub_is_not_damaged(
     save(tmp_path, 1, 2)
     real = storage.verify
 
-    def verify(path: Path, pace: storage.Pace) -> object:
+    def verify(path: Path, pace: Pace) -> object:
         shutil.rmtree(tmp_path / "step-1", ignore_errors=True)
         return real(path, pace)
 

@@ -25,6 +25,7 @@ from rich.table import Table
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.manifest import Manifest
 from elasticd.checkpoint.objects import Location, locate
+from elasticd.checkpoint.pace import Pace
 from elasticd.checkpoint.retention import Keep
 from elasticd.core.records import to_plain
 from elasticd.errors import CheckpointInvalid, ConfigError, OperatorError
@@ -85,7 +86,7 @@ def verify_checkpoints(
         raise ConfigError("--rate must not be negative")
     if metrics_file and steps:
         raise ConfigError("--metrics-file tells of a whole directory: name no steps with it")
-    pace, results = storage.Pace(1e6 * rate_mb_s), []
+    pace, results = Pace(1e6 * rate_mb_s), []
     for checkpoint in [_known(path, step) for step in steps] or storage.complete(path):
         if (result := _verify(checkpoint, pace)) is None:
             continue
@@ -184,7 +185,7 @@ def _checked(check: Any, step: int) -> Any:
         raise OperatorError(f"the checkpoint of step {step} does not verify: {error}") from error
 
 
-def _verify(checkpoint: Location, pace: storage.Pace) -> dict[str, Any] | None:
+def _verify(checkpoint: Location, pace: Pace) -> dict[str, Any] | None:
     """None: it is gone."""
     started, problem, size_bytes = time.monotonic(), None, 0
     try:
