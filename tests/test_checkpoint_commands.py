@@ -18,7 +18,7 @@ from conftest import need
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from test_checkpoint import data_file, flip, names, save, state_of
+from small_checkpoints import WEIGHTS, data_file, flip, names, save, state_of
 
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.pace import Pace
@@ -209,10 +209,10 @@ def test_inspect_names_files_and_tensors(tmp_path: Path, capsys: pytest.CaptureF
     assert found["manifest"]["step"] == 4
     assert found["tensors"] == [
         {"name": "model.bias", "dtype": "float32", "shape": [7], "chunks": 1},
-        {"name": "model.weight", "dtype": "float32", "shape": [300], "chunks": 1},
+        {"name": "model.weight", "dtype": "float32", "shape": [WEIGHTS], "chunks": 1},
     ]
     assert run("inspect", tmp_path, 4) == 0
-    assert "tensor model.weight: float32 (300,) in 1 pieces" in capsys.readouterr().out
+    assert f"tensor model.weight: float32 ({WEIGHTS},) in 1 pieces" in capsys.readouterr().out
 
 
 def test_inspect_unpickles_nothing_that_does_not_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
