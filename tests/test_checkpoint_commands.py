@@ -18,12 +18,13 @@ from conftest import need
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from test_checkpoint import data_file, flip, names, save, state_of
+from small_checkpoints import WEIGHTS, data_file, flip, names, save, state_of
 
 from elasticd.checkpoint import storage
+from elasticd.checkpoint.pace import Pace
 from elasticd.checkpoint.retention import Keep, Standing, choose_doomed
-from elasticd.checkpoint.storage import Pace
 from elasticd.cli import run_cli
+from elasticd.commands import checkpoints
 from elasticd.errors import ConfigError
 
 # --- retention, pure ---
@@ -157,8 +158,7 @@ def test_verify_keeps_to_its_rate(
 ) -> None:
     save(tmp_path, 1)
     slept: list[float] = []
-    real = storage.Pace
-    monkeypatch.setattr(storage, "Pace", lambda rate: real(rate, sleep=slept.append))
+    monkeypatch.setattr(checkpoints, "Pace", lambda rate: Pace(rate, sleep=slept.append))
     assert run("verify", tmp_path, "--rate", 0.001) == 0
     size_bytes = storage.verify(tmp_path / "step-1").size_bytes
     assert max(slept) == pytest.approx(size_bytes / 1000, rel=0.1)
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_retention_removes_during_a_scrub_is_not_damaged(
     save(tmp_path, 1, 2)
     real = storage.verify
 
-    def verify(path: Path, pace: storage.Pace) -> object:
+    def verify(path: Path, pace: Pace) -> object:
         shutil.rmtree(tmp_path / "step-1", ignore_errors=True)
         return real(path, pace)
 
@@ -209,10 +209,10 @@ def test_inspect_names_files_and_tensors(tmp_path: Path, capsys: pytest.CaptureF
     assert found["manifest"]["step"] == 4
     assert found["tensors"] == [
         {"name": "model.bias", "dtype": "float32", "shape": [7], "chunks": 1},
-        {"name": "model.weight", "dtype": "float32", "shape": [300], "chunks": 1},
+        {"name": "model.weight", "dtype": "float32", "shape": [WEIGHTS], "chunks": 1},
     ]
     assert run("inspect", tmp_path, 4) == 0
-    assert "tensor model.weight: float32 (300,) in 1 pieces" in capsys.readouterr().out
+    assert f"tensor model.weight: float32 ({WEIGHTS},) in 1 pieces" in capsys.readouterr().out
 
 
 def test_inspect_unpickles_nothing_that_does_not_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,7 +285,13 @@ MISTAKES = [
     (["pin", "DIR", "7"], "no checkpoint of step 7"),
     (["export", "DIR", "1", "DIR"], "exists already"),
     (["prune", "DIR", "--keep", "0"], "keep at least the last one"),
+    # What the file system refuses. LONG is a name that none takes: permissions do not bind root.
+    (["ls", "DIR/LONG"], "LONG: File name too long"),
+    (["verify", "DIR", "--metrics-file", "DIR/LONG"], "File name too long"),
+    (["export", "DIR", "1", "DIR/LONG"], "LONG: File name too long"),
+    (["export", "DIR", "1", "DIR/step-1/manifest.json/out"], "manifest.json/out: Not a directory"),
 ]
+LONG = 300 * "x"
 
 
 @pytest.mark.parametrize(("arguments", "why"), MISTAKES)
@@ -293,9 +299,9 @@ def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], why: str
 ) -> None:
     save(tmp_path, 1)
-    assert run(*[argument.replace("DIR", str(tmp_path)) for argument in arguments]) == 2
+    assert run(*[argument.replace("DIR", str(tmp_path)).replace("LONG", LONG) for argument in arguments]) == 2
     error = capsys.readouterr().err
-    assert why in error
+    assert why.replace("LONG", LONG) in error
     assert error.count("\n") == 1
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
-from test_checkpoint import restored, state_of
+from small_checkpoints import restored, state_of
 from test_checkpoint_faults import Recorder
 from test_node_loop import hosts, job
 from torch import nn

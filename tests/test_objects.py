@@ -3,153 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
-import torch.distributed as dist
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
+from flaky_store import Flaky, fail_on, heal
 from fsspec.spec import AbstractBufferedFile
+from small_checkpoints import WEIGHTS, restored, save, saver, state_of
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from worker_runs import alone, run_world
 
-from elasticd import Session
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.disk import new_file
 from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
 from elasticd.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME
 from elasticd.checkpoint.object_disk import ObjectDisk
 from elasticd.checkpoint.objects import ObjectPath, locate
-from elasticd.checkpoint.restore import PassedOver, Restored, restore_newest
 from elasticd.checkpoint.retention import Keep
-from elasticd.checkpoint.save import Saver
 from elasticd.commands import checkpoints
 from elasticd.errors import ConfigError, Fenced, SaveFailed, StoreUnavailable
 
 DATA = "__0_0.distcp"
 
 
-class Flaky(MemoryFileSystem):
-    """An object store in memory that fails as it is told."""
-
-    protocol = "flaky"
-    store: dict[str, Any] = {}  # noqa: RUF012 - as fsspec's own has it
-    pseudo_dirs = [""]  # noqa: RUF012
-    #: Called with the verb and the key before each call; may raise.
-    before: Callable[[str, str], None] = staticmethod(lambda _verb, _key: None)
-    #: Bytes that this one takes of a put: the rest is lost without a word.
-    cut: Callable[[str], int | None] = staticmethod(lambda _key: None)
-    #: Keys that a listing does not show yet, or still shows.
-    hidden: Callable[[str], bool] = staticmethod(lambda _key: False)
-    ghosts: dict[str, int] = {}  # noqa: RUF012
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return super()._strip_protocol(str(path).replace("flaky://", "memory://"))
-
-    def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
-        key = self._strip_protocol(path)
-        Flaky.before("get" if mode == "rb" else "put", key)
-        file = super()._open(path, mode, **more)
-        if mode == "wb":
-            write, plain_close = file.write, file.close
-
-            def refusing(data: Any) -> int:
-                Flaky.before("write", key)
-                return write(data)
-
-            def close() -> None:
-                Flaky.before("complete", key)
-                if (at := Flaky.cut(key)) is not None:
-                    file.truncate(at)
-                plain_close()
-
-            file.write, file.close = refusing, close
-        return file
-
-    def pipe_file(self, path: str, value: bytes, **more: Any) -> None:
-        key = self._strip_protocol(path)
-        Flaky.before("put", key)
-        super().pipe_file(path, value[: Flaky.cut(key)], **more)
-        Flaky.before("answer", key)
-
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **more: Any) -> bytes:
-        Flaky.before("get", self._strip_protocol(path))
-        return super().cat_file(path, start, end, **more)
-
-    def rm_file(self, path: str) -> None:
-        Flaky.before("remove", self._strip_protocol(path))
-        super().rm_file(path)
-
-    def find(self, path: str, **more: Any) -> Any:
-        Flaky.before("list", self._strip_protocol(path))
-        found = {key: one for key, one in super().find(path, **more).items() if not Flaky.hidden(key)}
-        return found | {key: {"name": key, "size": size, "type": "file"} for key, size in Flaky.ghosts.items()}
-
-
-class Shared(DirFileSystem):
-    """Objects of several processes: files in a directory that the URL names."""
-
-    protocol = "shared"
-
-    def __init__(self, **more: Any) -> None:
-        super().__init__(path="/", fs=fsspec.filesystem("file", auto_mkdir=True), **more)
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return str(path).removeprefix("shared://").strip("/")
-
-
-fsspec.register_implementation("flaky", Flaky, clobber=True)
-fsspec.register_implementation("shared", Shared, clobber=True)
-
-
 @pytest.fixture
 def bucket() -> Iterator[ObjectPath]:
-    Flaky.store.clear()
     yield locate("flaky://bucket/run")
     Flaky.store.clear()
+    heal()
 
 
-@pytest.fixture(autouse=True)
-def _no_faults() -> Iterator[None]:
-    plain = (Flaky.before, Flaky.cut, Flaky.hidden, Flaky.ghosts)
-    yield
-    Flaky.before, Flaky.cut, Flaky.hidden = (staticmethod(one) for one in plain[:3])
-    Flaky.ghosts = {}
-
-
-def state_of(value: float) -> dict[str, Any]:
-    return {"model": {"weight": torch.full((3000,), value), "bias": torch.full((7,), -value)}, "note": f"of {value}"}
-
-
-def saver(directory: Any, **more: Any) -> Saver:
-    return Saver(directory, **{"group": None, "job_id": "j", "round_number": 1, "keep": Keep(last=3), **more})
-
-
-def save(directory: Any, *steps: int, **more: Any) -> None:
-    for step in steps:
-        saver(directory, **more).save(state_of(float(step)), step)
-
-
-def restored(directory: Any) -> tuple[Restored | None, list[PassedOver]]:
-    passed_over: list[PassedOver] = []
-    return restore_newest(directory, None, lambda _: state_of(0.0), passed_over), passed_over
-
-
-def newest(directory: Any) -> tuple[int, int] | None:
+def newest(directory: ObjectPath) -> tuple[int, int] | None:
     """Step and round of what is restored; its state is that step's, whole."""
     found, _ = restored(directory)
     if found is None:
         return None
     step = found.manifest.step
-    assert torch.equal(found.state["model"]["weight"], torch.full((3000,), float(step)))
+    assert torch.equal(found.state["model"]["weight"], torch.full((WEIGHTS,), float(step)))
     assert found.state["note"] == f"of {float(step)}"
     assert storage.verify(found.path) == found.manifest
     return step, found.manifest.round_number
@@ -157,24 +50,6 @@ def newest(directory: Any) -> tuple[int, int] | None:
 
 def names(directory: ObjectPath) -> set[str]:
     return set(directory.below())
-
-
-def fail_on(verb: str, ending: str, error: Exception | None = None) -> list[str]:
-    """Have calls with this verb fail on keys that end so; what was called."""
-    called: list[str] = []
-
-    def before(said: str, key: str) -> None:
-        called.append(f"{said} {key}")
-        if said == verb and key.endswith(ending):
-            raise error or RuntimeError("the store says no")
-
-    Flaky.before = staticmethod(before)
-    return called
-
-
-def heal() -> None:
-    Flaky.before = staticmethod(lambda _verb, _key: None)
-    Flaky.cut = staticmethod(lambda _key: None)
 
 
 # --- what is written ---
@@ -186,9 +61,9 @@ def test_what_is_saved_is_restored_and_opens_with_plain_dcp(bucket: ObjectPath) 
     assert str(saved.path) == "flaky://bucket/run/step-10.r7"
     assert names(saved.path) == {DATA, METADATA_NAME, MANIFEST_NAME}
     assert newest(bucket) == (10, 7)
-    state = {"model": {"weight": torch.zeros(3000)}}
+    state = {"model": {"weight": torch.zeros(WEIGHTS)}}
     dcp_load(state, storage_reader=FsspecReader(str(saved.path)), no_dist=True)
-    assert torch.equal(state["model"]["weight"], torch.full((3000,), 10.0))
+    assert torch.equal(state["model"]["weight"], torch.full((WEIGHTS,), 10.0))
 
 
 def test_the_fence_is_asked_when_all_but_the_manifest_is_there(bucket: ObjectPath) -> None:
@@ -417,7 +292,7 @@ def test_what_plain_dcp_put_there_is_taken_up(bucket: ObjectPath) -> None:
     where, state = locate(f"{bucket}/plain"), {"model": state_of(0.0)["model"]}
     assert agree_on_foreign(where, None) == {"model"}
     load_foreign(state, where, {"model"})
-    assert torch.equal(state["model"]["weight"], torch.full((3000,), 6.0))
+    assert torch.equal(state["model"]["weight"], torch.full((WEIGHTS,), 6.0))
     with pytest.raises(ConfigError, match="no checkpoint"):
         agree_on_foreign(bucket, None)
 
@@ -426,19 +301,19 @@ def test_what_plain_dcp_put_there_is_taken_up(bucket: ObjectPath) -> None:
 
 
 def test_retention_keeps_the_newest_and_the_pinned(bucket: ObjectPath) -> None:
-    save(bucket, 1, keep=Keep(last=2))
+    save(bucket, 1, keep=2)
     storage.pin(bucket / "step-1.r1", pinned=True)
-    save(bucket, 2, 3, 4, keep=Keep(last=2))
+    save(bucket, 2, 3, 4, keep=2)
     assert storage.complete_steps(bucket) == [4, 3, 1]
     storage.pin(bucket / "step-1.r1", pinned=False)
-    save(bucket, 5, keep=Keep(last=2))
+    save(bucket, 5, keep=2)
     assert {name.partition("/")[0] for name in names(bucket)} == {"step-5.r1", "step-4.r1"}
 
 
 def test_a_checkpoint_whose_removal_fails_half_way_is_none_any_more(bucket: ObjectPath) -> None:
     save(bucket, 1)
     fail_on("remove", DATA)
-    save(bucket, 2, keep=Keep(last=1))  # to save is what counts
+    save(bucket, 2, keep=1)  # to save is what counts
     heal()
     assert storage.complete_steps(bucket) == [2]
     assert [path.name for path in storage.temporaries(bucket)] == ["step-1.r1"]
@@ -460,7 +335,7 @@ def test_the_commands_take_urls(bucket: ObjectPath, capsys: pytest.CaptureFixtur
     assert checkpoints.verify_checkpoints(url, (), rate_mb_s=0, as_json=True) == 1
     assert [bool(one["problem"]) for one in said()["checkpoints"]] == [False, True, False]
     assert checkpoints.inspect_checkpoint(url, 3, as_json=True) == 0
-    assert {"name": "model.weight", "dtype": "float32", "shape": [3000], "chunks": 1} in said()["tensors"]
+    assert {"name": "model.weight", "dtype": "float32", "shape": [WEIGHTS], "chunks": 1} in said()["tensors"]
     assert checkpoints.pin_checkpoint(url, 1, pinned=True) == 0
     assert checkpoints.export_checkpoint(url, 3, str(tmp_path / "out")) == 0
     capsys.readouterr()
@@ -471,79 +346,7 @@ def test_the_commands_take_urls(bucket: ObjectPath, capsys: pytest.CaptureFixtur
         checkpoints.inspect_checkpoint(url, 9, as_json=True)
 
 
-# --- which store ---
-
-
-def test_where_a_checkpoint_directory_is() -> None:
-    assert locate("/a/b") == locate(Path("/a/b")) == locate("file:///a/b") == Path("/a/b")
-    assert locate("a/b") == Path("a/b").absolute()
-    where = locate("memory://bucket/run/")
-    assert isinstance(where, ObjectPath)
-    assert (str(where), (where / "step-1.r2").name, (where / "x").parent) == ("memory://bucket/run", "step-1.r2", where)
-
-
-def test_a_url_that_was_made_a_path_is_told_of() -> None:
-    with pytest.raises(ConfigError, match="give it as a text"):
-        locate(Path("s3://bucket/run"))
-
-
-@pytest.mark.parametrize("url", ["nonsense://bucket/run", "dropbox://bucket/run", "memory://"])
-def test_a_store_that_cannot_be_had_is_one_clear_line(url: str) -> None:
-    with pytest.raises(ConfigError, match=f"cannot keep checkpoints at {url}: ") as raised:
-        locate(url)
-    assert "\n" not in str(raised.value)
-
-
 def test_a_prefix_that_cannot_be_written_is_an_operators_error(bucket: ObjectPath) -> None:
     fail_on("put", ".probe", PermissionError("Access Denied"))
     with pytest.raises(ConfigError, match="Access Denied"):
         storage.open_directory(bucket)
-
-
-# --- sessions ---
-
-
-def trained(directory: str, until: int) -> list[torch.Tensor]:
-    torch.manual_seed(3)
-    model = torch.nn.Linear(4, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    with Session(checkpoint_dir=directory, save_every_steps=2, seed=3) as session:
-        session.register(model=model, optimizer=optimizer)
-        first = session.restore()
-        for step in session.steps(until=until):
-            with step:
-                optimizer.zero_grad()
-                model(torch.randn(3, 4)).square().mean().backward()
-                for parameter in model.parameters():
-                    dist.all_reduce(parameter.grad)
-                optimizer.step()
-        assert first in (0, 2, until // 2)
-    return [parameter.detach() for parameter in model.parameters()]
-
-
-def _train_and_go_on() -> None:
-    whole = trained("memory://a/run", 8)
-    trained("memory://b/run", 4)
-    for one, other in zip(whole, trained("memory://b/run", 8), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_a_session_goes_on_from_an_object_store() -> None:
-    with alone(_train_and_go_on) as rank:
-        assert rank.wait() == 0, rank.output
-
-
-def _train_on_two(url: str, until: int) -> None:
-    trained(url, until)
-
-
-def test_two_ranks_save_and_one_goes_on(tmp_path: Path) -> None:
-    url = f"shared:/{tmp_path}/run"
-    run_world(2, _train_on_two, url, 4)
-    where = locate(url)
-    (newest_one, *_) = storage.complete(where)
-    assert storage.verify(newest_one).world_size == 2
-    (where / newest_one.name / DATA).write_bytes(b"torn")  # both ranks take the one before
-    run_world(2, _train_on_two, url, 4)
-    run_world(1, _train_on_two, url, 8)
-    assert storage.complete_steps(where)[0] == 8

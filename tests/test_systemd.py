@@ -237,7 +237,7 @@ def test_a_node_that_loses_power_takes_everything_with_it(machines: Nodes) -> No
 @pytest.mark.timeout(120)
 def test_checkpoints_are_scrubbed_by_a_timer(machines: Nodes, tmp_path: Path) -> None:
     """As an operator sets it up, for a directory that belongs to somebody else; damage fails the unit."""
-    from test_checkpoint import data_file, flip, save
+    from small_checkpoints import data_file, flip, save
 
     directory = machines.shared / "my checkpoints"
     directory.mkdir()

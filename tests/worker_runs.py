@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from elasticd.cluster.embedded import free_port
+
 #: A process that has torch, and forks the ranks: one import for all tests instead of one for each rank (4 s).
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -155,12 +157,6 @@ def run(command: list[str], timeout_s: float = 90, **env: str) -> tuple[int, str
     with started(command, **env) as process:
         output, _ = process.communicate(timeout=timeout_s)
         return process.returncode, output
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ledger(path: Path) -> list[dict]:

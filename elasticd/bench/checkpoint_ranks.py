@@ -107,7 +107,8 @@ class _Ranks:
             timed("sealed write", lambda: found.update(checksum=self._write_sealed()))
             timed("torch's stager", lambda: self._stager.stage(self._state))
             pending: list[Any] = []
-            timed("dcp stall", lambda: pending.append(dcp_async_save(self._state, checkpoint_id=self._fresh("async"))))
+            target = self._directory / "async"
+            timed("dcp stall", lambda: pending.append(dcp_async_save(self._state, checkpoint_id=target)))
             pending[0].result()
         self._clean()
         return found
@@ -141,11 +142,7 @@ class _Ranks:
             os.fsync(file.fileno())
 
     def _dcp_save(self) -> None:
-        dcp_save(self._state, checkpoint_id=self._fresh("dcp"))
-
-    def _fresh(self, name: str) -> Path:
-        """DCP writes into whatever is there: nothing is."""
-        return self._directory / name
+        dcp_save(self._state, checkpoint_id=self._directory / "dcp")
 
     def _restore(self) -> None:
         assert restore_newest(self._ours, self._group, lambda _: dict(self._state)) is not None

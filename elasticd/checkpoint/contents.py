@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -39,7 +40,8 @@ def describe_tensors(checkpoint: Location) -> list[dict[str, Any]]:
 def export_model(checkpoint: Location, target: Path) -> int:
     """Write the model's tensors, whole, as safetensors with DCP's own storage; how many they are.
 
-    They are held in memory together. ConfigError when the package is missing, or the checkpoint holds no model.
+    They are held in memory together. ConfigError when the package is missing, or the checkpoint holds no model; OSError
+    when the target cannot be written.
     """
     try:
         import safetensors  # noqa: F401
@@ -58,6 +60,8 @@ def export_model(checkpoint: Location, target: Path) -> int:
         warnings.simplefilter("ignore")  # "torch.distributed is disabled": none is needed
         dcp_load(state, storage_reader=plain_reader(checkpoint), no_dist=True)
         named = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in state.items()}
-        writer = HuggingFaceStorageWriter(str(target))
-        dcp_save(named, storage_writer=writer, no_dist=True)
+        try:
+            dcp_save(named, storage_writer=HuggingFaceStorageWriter(str(target)), no_dist=True)
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
     return len(named)

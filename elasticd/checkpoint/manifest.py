@@ -69,6 +69,15 @@ class Manifest:
     def size_bytes(self) -> int:
         return sum(entry.size_bytes for entry in self.files)
 
+    @property
+    def metadata(self) -> FileEntry:
+        """The small file that every rank unpickles: a manifest that was read names it."""
+        return next(entry for entry in self.files if entry.name == METADATA_NAME)
+
+    @property
+    def data_files(self) -> tuple[FileEntry, ...]:
+        return tuple(entry for entry in self.files if entry.name != METADATA_NAME)
+
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """JSON that carries its own checksum: a flipped digit in a size or a step must not pass for another value."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 import zlib
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from elasticd.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -26,10 +26,8 @@ from elasticd.checkpoint.manifest import (
     step_and_round_of,
 )
 from elasticd.checkpoint.objects import ObjectPath, remove_below
+from elasticd.checkpoint.pace import Pace
 from elasticd.errors import CheckpointInvalid, ConfigError
-
-if TYPE_CHECKING:
-    from elasticd.checkpoint.storage import Pace
 
 _CHUNK_BYTES = 16 * 1024 * 1024
 

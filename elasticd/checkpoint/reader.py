@@ -60,10 +60,10 @@ class CheckedReader(FileSystemReader):
 
     def __init__(self, path: Location, manifest: Manifest, *, rank: int = 0, size: int = 1) -> None:
         super().__init__(str(path))
-        self.path: Any = path  # for messages: what is read, is read here
+        self.path: Any = path  # what is read, is read here: DCP's own does not
         self._share = rank, size
+        self._manifest = manifest
         self._entries = {entry.name: entry for entry in manifest.files}
-        self._checkpoint = path
         self._metadata = self._read_checked_metadata()
         #: Whether tensors may hold a part of this checkpoint already.
         self.filling = False
@@ -90,7 +90,7 @@ class CheckedReader(FileSystemReader):
 
     def _open_files(self, wanted: Mapping[MetadataIndex, object], stack: ExitStack) -> dict[str, File]:
         names = sorted({self.storage_data[index].relative_path for index in wanted})
-        return {name: open_file(self._checkpoint, self._entry(name), stack) for name in names}
+        return {name: open_file(self.path, self._entry(name), stack) for name in names}
 
     def _rest_of_share(self, files: dict[str, File], parts: Sequence[Part], stack: ExitStack) -> list[Part]:
         """The blocks of this rank's share that are in none of the parts.
@@ -99,14 +99,14 @@ class CheckedReader(FileSystemReader):
         """
         loaded = {(part.file.entry.name, block.start) for part in parts for block in part.blocks}
         rank, size = self._share
-        data = [entry for entry in self._entries.values() if entry.name != METADATA_NAME]
+        data = self._manifest.data_files
         total, before, others = sum(entry.size_bytes for entry in data), 0, []
         for entry in data:
             first, end = total * rank // size - before, total * (rank + 1) // size - before
             before += entry.size_bytes
             if first >= entry.size_bytes or end <= 0:
                 continue
-            file = files.get(entry.name) or open_file(self._checkpoint, entry, stack)
+            file = files.get(entry.name) or open_file(self.path, entry, stack)
             ours = [block for block in file.blocks if first <= block.start < end]
             if left := [block for block in ours if (entry.name, block.start) not in loaded]:
                 others.append(Part(file, left))
@@ -119,12 +119,11 @@ class CheckedReader(FileSystemReader):
             raise CheckpointInvalid(f"the manifest says nothing of {name}") from None
 
     def _read_checked_metadata(self) -> Metadata:
-        entry = self._entry(METADATA_NAME)
         try:
-            content = (self._checkpoint / METADATA_NAME).read_bytes()
+            content = (self.path / METADATA_NAME).read_bytes()
         except OSError as error:
             raise CheckpointInvalid(f"{METADATA_NAME}: {error.strerror}") from error
-        checked(content, entry.crc32, METADATA_NAME)
+        checked(content, self._manifest.metadata.crc32, METADATA_NAME)
         metadata: Metadata = pickle.loads(content)  # noqa: S301 - its checksum has matched
         metadata.storage_meta = replace(metadata.storage_meta or StorageMeta(), load_id=self.load_id)
         return metadata

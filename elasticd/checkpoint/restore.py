@@ -28,13 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.held import Held, held_by
 from elasticd.checkpoint.lineage import in_order, late_ones
-from elasticd.checkpoint.manifest import (
-    FORMAT_WITH_BLOCKS,
-    METADATA_NAME,
-    FileEntry,
-    Manifest,
-    checksum,
-)
+from elasticd.checkpoint.manifest import FORMAT_WITH_BLOCKS, Manifest, checksum
 from elasticd.checkpoint.objects import Location
 from elasticd.checkpoint.reader import CheckedReader, plain_reader
 from elasticd.errors import CheckpointInvalid, ConfigError, ElasticdError, StateLost, StoreUnavailable
@@ -128,11 +122,11 @@ class _Trial:
         if found.manifest.format < FORMAT_WITH_BLOCKS:
             # All ranks read all files first, each a part of them; by name, in turn: in a world of the same size each
             # rank reads the file that it will load.
-            data = sorted(_data_files(found.manifest), key=lambda entry: entry.name)
+            data = sorted(found.manifest.data_files, key=lambda entry: entry.name)
             storage.check_contents(found.path, tuple(data[self._rank :: self._size]))
 
     def _fill(self, state: dict[str, Any], found: Found) -> None:
-        reader = open_reader(found, rank=self._rank, size=self._size)
+        reader = _open_reader(found, rank=self._rank, size=self._size)
         state.update(self._make_state(held_by(reader.read_metadata(), found.manifest.world_size)))
         try:
             fill(state, reader)
@@ -238,14 +232,13 @@ def _candidates(directory: Location, passed_over: list[PassedOver]) -> Iterator[
             yield Found(path=path, manifest=manifest)
 
 
-def open_reader(found: Found, *, rank: int, size: int) -> FileSystemReader:
+def _open_reader(found: Found, *, rank: int, size: int) -> FileSystemReader:
     """For ``fill``: one that checks every byte that it takes, where the checkpoint has an index of blocks, and more
     bytes, so that all ranks together check them all.
 
     One of an older format is read as it is: verify it before. CheckpointInvalid when its metadata does not match.
     """
-    indexed = found.manifest.format >= FORMAT_WITH_BLOCKS
-    if not indexed:
+    if found.manifest.format < FORMAT_WITH_BLOCKS:
         return plain_reader(found.path)
     return CheckedReader(found.path, found.manifest, rank=rank, size=size)
 
@@ -291,8 +284,4 @@ def _recognise(path: Location, seal: int) -> Found | ElasticdError:
 def _check_outline(path: Location, manifest: Manifest) -> None:
     """All sizes, and the contents of the small file that every rank unpickles."""
     storage.check_sizes(path, manifest)
-    storage.check_contents(path, tuple(entry for entry in manifest.files if entry.name == METADATA_NAME))
-
-
-def _data_files(manifest: Manifest) -> tuple[FileEntry, ...]:
-    return tuple(entry for entry in manifest.files if entry.name != METADATA_NAME)
+    storage.check_contents(path, (manifest.metadata,))

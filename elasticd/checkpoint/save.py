@@ -331,14 +331,14 @@ class _Writer(FileSystemWriter):
             storage.publish(self._temporary, manifest, self._disk)
 
     def _ask_fence(self) -> None:
-        for _ in range(FENCE_QUESTIONS if self._confirm is not None else 0):
+        if self._confirm is None:
+            return
+        for _ in range(FENCE_QUESTIONS):
             asked_at = time.monotonic()
-            assert self._confirm is not None
             self._confirm(self._step)
             if time.monotonic() - asked_at < FENCE_VALID_S:
                 return
-        if self._confirm is not None:
-            raise StoreUnavailable(f"the store took longer than {FENCE_VALID_S:g} s to say whether the round stands")
+        raise StoreUnavailable(f"the store took longer than {FENCE_VALID_S:g} s to say whether the round stands")
 
 
 def _make_way(directory: Location, step: int, origin: Origin, disk: Disk) -> None:

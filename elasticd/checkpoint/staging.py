@@ -70,14 +70,10 @@ class _Copy:
         source = value.detach()
         on_gpu = source.device.type == "cuda"
         buffer = self._buffers.get(path)
-        if buffer is None or _layout(buffer) != _layout(source) or buffer.is_pinned() != on_gpu:
+        if buffer is None or (buffer.dtype, buffer.shape, buffer.is_pinned()) != (source.dtype, source.shape, on_gpu):
             buffer = torch.empty_like(source, device="cpu", pin_memory=on_gpu)
         buffer.copy_(source, non_blocking=on_gpu)
         self.used[path] = buffer
         if on_gpu:
             self.devices.add(source.device)
         return buffer
-
-
-def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride()

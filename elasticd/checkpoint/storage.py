@@ -15,9 +15,8 @@ import io
 import os
 import shutil
 import tempfile
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -40,6 +39,7 @@ from elasticd.checkpoint.manifest import (
 )
 from elasticd.checkpoint.object_disk import ObjectDisk
 from elasticd.checkpoint.objects import Location, ObjectPath
+from elasticd.checkpoint.pace import Pace
 from elasticd.checkpoint.retention import Keep, Standing, choose_doomed
 from elasticd.errors import CheckpointInvalid, ConfigError, StoreUnavailable
 
@@ -157,28 +157,6 @@ def _read_ahead(file: io.FileIO) -> Iterator[memoryview]:
             buffers.reverse()
             reading = beside.submit(file.readinto, buffers[0])
             yield full
-
-
-class Pace:
-    """Holds a reader to ``bytes_per_s``, by sleeping. 0: as fast as it goes."""
-
-    def __init__(
-        self,
-        bytes_per_s: float,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._bytes_per_s, self._clock, self._sleep = bytes_per_s, clock, sleep
-        self._ahead_s, self._at = 0.0, clock()
-
-    def read(self, size_bytes: int) -> None:
-        """So much was read: sleep until that was allowed. Time that was not used is not saved up."""
-        if not self._bytes_per_s:
-            return
-        now = self._clock()
-        self._ahead_s = max(0.0, self._ahead_s - (now - self._at)) + size_bytes / self._bytes_per_s
-        self._at = now
-        self._sleep(self._ahead_s)
 
 
 def begin(directory: Location, step: int, round_number: int, disk: Disk = DISK) -> Location:

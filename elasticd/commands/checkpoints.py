@@ -11,9 +11,10 @@ of a later round, which sweeps it, and to a person. Only ``inspect`` and ``expor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from elasticd.checkpoint import storage
-from elasticd.checkpoint.manifest import METADATA_NAME, Manifest
+from elasticd.checkpoint.manifest import Manifest
 from elasticd.checkpoint.objects import Location, locate
+from elasticd.checkpoint.pace import Pace
 from elasticd.checkpoint.retention import Keep
 from elasticd.core.records import to_plain
 from elasticd.errors import CheckpointInvalid, ConfigError, OperatorError
@@ -33,6 +35,19 @@ EXIT_DAMAGED = 1
 NO_ROUND = 0
 
 
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What a file system refuses is for the operator to mend: one line."""
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads on, which cli.py knows
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise OperatorError(f"{where}{error.strerror or error}") from error
+
+
+@_refusals()
 def list_checkpoints(directory: str, *, as_json: bool) -> int:
     path = _existing(directory)
     found = [describe(one) for one in storage.complete(path)]
@@ -62,6 +77,7 @@ def describe(path: Location) -> dict[str, Any]:
     return plain
 
 
+@_refusals()
 def verify_checkpoints(
     directory: str, steps: Sequence[int], *, rate_mb_s: float, as_json: bool, metrics_file: str = ""
 ) -> int:
@@ -70,7 +86,7 @@ def verify_checkpoints(
         raise ConfigError("--rate must not be negative")
     if metrics_file and steps:
         raise ConfigError("--metrics-file tells of a whole directory: name no steps with it")
-    pace, results = storage.Pace(1e6 * rate_mb_s), []
+    pace, results = Pace(1e6 * rate_mb_s), []
     for checkpoint in [_known(path, step) for step in steps] or storage.complete(path):
         if (result := _verify(checkpoint, pace)) is None:
             continue
@@ -86,11 +102,12 @@ def verify_checkpoints(
     return EXIT_DAMAGED if any(one["problem"] for one in results) else 0
 
 
+@_refusals()
 def inspect_checkpoint(directory: str, step: int, *, as_json: bool) -> int:
     path = _existing(directory)
     checkpoint = _known(path, step)
     manifest = _checked(lambda: storage.read_manifest(checkpoint), step)
-    _checked(lambda: storage.check_contents(checkpoint, _metadata_of(manifest)), step)  # before it is unpickled
+    _checked(lambda: storage.check_contents(checkpoint, (manifest.metadata,)), step)  # before it is unpickled
     from elasticd.checkpoint.contents import describe_tensors
 
     tensors = describe_tensors(checkpoint)
@@ -106,15 +123,13 @@ def inspect_checkpoint(directory: str, step: int, *, as_json: bool) -> int:
     return 0
 
 
+@_refusals()
 def prune_checkpoints(directory: str, keep: Keep, *, temporary: bool, dry_run: bool, as_json: bool) -> int:
     path = _existing(directory)
     swept = storage.temporaries(path) if temporary else []
-    try:
-        removed = storage.prune(path, newest=None, keep=keep, round_number=NO_ROUND, only_say=dry_run)
-        for one in [] if dry_run else swept:
-            storage.remove_temporary(one)
-    except OSError as error:
-        raise OperatorError(f"a checkpoint in {path} could not be removed: {error.strerror}") from error
+    removed = storage.prune(path, newest=None, keep=keep, round_number=NO_ROUND, only_say=dry_run)
+    for one in [] if dry_run else swept:
+        storage.remove_temporary(one)
     if as_json:
         names = [one.name for one in swept]
         _print_json({"directory": str(path), "removed": removed, "temporary": names, "dry_run": dry_run})
@@ -126,16 +141,14 @@ def prune_checkpoints(directory: str, keep: Keep, *, temporary: bool, dry_run: b
     return 0
 
 
+@_refusals()
 def pin_checkpoint(directory: str, step: int, *, pinned: bool) -> int:
-    path = _existing(directory)
-    try:
-        storage.pin(_known(path, step), pinned=pinned)
-    except OSError as error:
-        raise OperatorError(f"step {step} could not be pinned: {error.strerror}") from error
+    storage.pin(_known(_existing(directory), step), pinned=pinned)
     click.echo(f"step {step} is {'pinned' if pinned else 'not pinned any more'}")
     return 0
 
 
+@_refusals()
 def export_checkpoint(directory: str, step: int, target: str) -> int:
     path = _existing(directory)
     checkpoint, out = _known(path, step), Path(target)
@@ -172,11 +185,7 @@ def _checked(check: Any, step: int) -> Any:
         raise OperatorError(f"the checkpoint of step {step} does not verify: {error}") from error
 
 
-def _metadata_of(manifest: Manifest) -> tuple[Any, ...]:
-    return tuple(entry for entry in manifest.files if entry.name == METADATA_NAME)
-
-
-def _verify(checkpoint: Location, pace: storage.Pace) -> dict[str, Any] | None:
+def _verify(checkpoint: Location, pace: Pace) -> dict[str, Any] | None:
     """None: it is gone."""
     started, problem, size_bytes = time.monotonic(), None, 0
     try:
@@ -199,10 +208,7 @@ def _write_metrics(directory: Location, results: Sequence[Mapping[str, Any]], fi
         size_bytes=sum(one["size_bytes"] for one in results),
         seconds=sum(one["seconds"] for one in results),
     )
-    try:
-        write_metrics(scrubbed, file)
-    except OSError as error:
-        raise OperatorError(f"the figures could not be written to {file}: {error.strerror}") from error
+    write_metrics(scrubbed, file)
 
 
 def _verdict(result: Mapping[str, Any]) -> str:

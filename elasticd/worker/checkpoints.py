@@ -69,7 +69,7 @@ class Checkpoints:
         self._link, self._reports, self._position = link, reports, position
         self._registered: Registered | None = None
         self._restored = False
-        self._saved_step = -1
+        self._saved_step = -1  # the same on every rank: after a copy in RAM it is for rank 0 to say what is on disk
         self._saver = self._make_saver()
         self._memory = self._make_memory()
 
@@ -122,6 +122,9 @@ class Checkpoints:
     def _state(self) -> dict[str, Any]:
         return self._known().capture() | self._position.to_save()
 
+    def _wanted(self, held: Held) -> dict[str, Any]:
+        return self._known().wanted(held.sizes) | self._position.to_fill(held.world_size)
+
     # Taking one up.
 
     def restore(self, start_from: str | os.PathLike[str] | None) -> None:
@@ -147,19 +150,13 @@ class Checkpoints:
 
     def _restore_from_memory(self, memory: MemoryTier, registered: Registered, *, at_least: int) -> bool:
         """Whether training goes on from a copy of so many steps or more."""
-
-        def make_state(held: Held) -> dict[str, Any]:
-            return registered.wanted(held.sizes) | self._position.to_fill(held.world_size)
-
         had_state = registered.has_optimizer_state
-        restored = memory.restore(make_state, at_least=at_least)
+        restored = memory.restore(self._wanted, at_least=at_least)
         if restored is None:
             if not had_state:
                 registered.drop_optimizer_state()
             return False
         self._take_up(registered, restored.state, restored.step)
-        if self._directory is None or not storage.of_step(self._directory, restored.step):
-            self._saved_step = -1
         self._reports.restored(
             restored.source, step=restored.step, seconds=restored.seconds, size_bytes=restored.size_bytes
         )
@@ -169,26 +166,23 @@ class Checkpoints:
 
     def _restore_from_disk(self, registered: Registered, start_from: str | os.PathLike[str] | None) -> None:
         started = time.monotonic()
-        found = self._restore_newest(registered)
+        found = self._restore_newest()
         if found is None:
             if start_from is not None:
                 self._start_from(registered, locate(start_from))
             return
         manifest = found.manifest
         self._take_up(registered, found.state, manifest.step)
+        self._saved_step = manifest.step
         seconds = time.monotonic() - started
         self._reports.restored("disk", step=manifest.step, seconds=seconds, size_bytes=manifest.size_bytes)
 
-    def _restore_newest(self, registered: Registered) -> Restored | None:
+    def _restore_newest(self) -> Restored | None:
         if self._directory is None:
             return None
-
-        def make_state(held: Held) -> dict[str, Any]:
-            return registered.wanted(held.sizes) | self._position.to_fill(held.world_size)
-
         passed_over: list[PassedOver] = []
         try:
-            return restore_newest(self._directory, self._group, make_state, passed_over)
+            return restore_newest(self._directory, self._group, self._wanted, passed_over)
         finally:
             if passed_over:
                 self._reports.passed_over(len(passed_over))
@@ -196,7 +190,6 @@ class Checkpoints:
     def _take_up(self, registered: Registered, state: dict[str, Any], step: int) -> None:
         registered.apply(state)
         self._position.take_up(state, step, self._directory)
-        self._saved_step = step
 
     def _start_from(self, registered: Registered, path: Location) -> None:
         parts = agree_on_foreign(path, self._group)
