@@ -17,7 +17,10 @@ from worker_runs import run_world
 
 from elasticd import Session
 from elasticd.errors import NotFinite
-from elasticd.worker.exact import SUM_BITS, exponent_for, from_fixed, to_fixed
+from elasticd.worker import exact
+from elasticd.worker.exact import SUM_BITS, ExactGradients, divide, exponent_for, make_whole
+from elasticd.worker.layout import Arrangement, Layout
+from elasticd.worker.state import Registered
 
 SEED, COUNT = 3, 8
 
@@ -41,8 +44,14 @@ def train_points(until: int, caps: list[int], directory: Path | None, exact: boo
         print(fingerprint(model))
 
 
-def bits(until: int, caps: list[int], directory: Path | None = None, *, exact: bool = True) -> str:
-    outputs = run_world(len(caps), train_points, until, caps, directory, exact)
+def train_in_buckets(*arguments: object) -> None:
+    """Run by a rank: the same, with the gradients in three parts."""
+    exact.BUCKET_ELEMENTS = 20
+    train_points(*arguments)
+
+
+def bits(until: int, caps: list[int], directory: Path | None = None, *, exact: bool = True, run=train_points) -> str:
+    outputs = run_world(len(caps), run, until, caps, directory, exact)
     (found,) = {output.strip() for output in outputs}
     return found
 
@@ -51,6 +60,7 @@ def test_exact_mode_ends_in_the_same_bits_on_any_world_with_and_without_a_restar
     whole = bits(30, [8])
     for caps in ([4, 4], [8, 8, 8, 8], [1, 2, 5], [7, 1], [8, 0]):
         assert bits(30, caps) == whole, caps
+    assert bits(30, [1, 4, 3], run=train_in_buckets) == whole
     bits(11, [1, 7], tmp_path)
     bits(23, [3, 3, 2], tmp_path)
     assert bits(30, [4, 4], tmp_path) == whole
@@ -90,6 +100,16 @@ def test_a_step_that_is_done_again_ends_in_the_same_bits() -> None:
 # --- the sums ---
 
 
+def fixed(value: float, exponent: int, dtype: torch.dtype = torch.float32) -> int:
+    return int(make_whole(torch.tensor([value], dtype=dtype), [1], [exponent]).long())
+
+
+def mean(total: int, exponent: int, count: int = 1) -> float:
+    sums = torch.tensor([total]).double()
+    divide(sums, [1], [exponent], count)
+    return sums.item()
+
+
 @given(
     st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=40),
     st.randoms(use_true_random=False),
@@ -97,22 +117,68 @@ def test_a_step_that_is_done_again_ends_in_the_same_bits() -> None:
 )
 def test_the_fixed_point_sum_has_no_order_and_does_not_overflow(values: list[float], random, cut: int) -> None:
     exponent = exponent_for(max(abs(value) for value in values), len(values))
-    fixed = [int(to_fixed(torch.tensor([value]), exponent)) for value in values]
-    assert sum(abs(each) for each in fixed) < 2 ** (SUM_BITS + 1)
-    total = torch.tensor(fixed).sum()
-    random.shuffle(fixed)
-    assert torch.tensor(fixed[:cut]).sum() + torch.tensor(fixed[cut:]).sum() == total
-    assert from_fixed(total, exponent).item() == pytest.approx(
-        math.fsum(values), abs=max(map(abs, values)) * 2.0**-52 * len(values)
+    whole = [fixed(value, exponent) for value in values]
+    assert sum(abs(each) for each in whole) < 2 ** (SUM_BITS + 1)
+    total = torch.tensor(whole).sum()
+    random.shuffle(whole)
+    assert torch.tensor(whole[:cut]).sum() + torch.tensor(whole[cut:]).sum() == total
+    assert mean(int(total), exponent, 3) == pytest.approx(
+        math.fsum(values) / 3, abs=max(map(abs, values)) * 2.0**-52 * len(values)
     )
 
 
-@pytest.mark.parametrize("magnitude", [0.0, 5e-324, 1e-300, 1e-45, 1.0, 3.4e38, 1.7e308])
-def test_every_magnitude_has_a_scale(magnitude: float) -> None:
-    exponent = exponent_for(magnitude, 1000)
-    fixed = to_fixed(torch.tensor([magnitude], dtype=torch.float64), exponent)
-    assert int(fixed) * 1000 <= 2**SUM_BITS
-    assert from_fixed(fixed, exponent).item() == pytest.approx(magnitude, rel=1e-15, abs=2.0**-(1001))
+@pytest.mark.parametrize("magnitude", [0.0, 5e-324, 1e-300, 1e-45, 3e-39, 1e-20, 1.0, 3.4e38, 1.7e308])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_magnitude_has_a_scale(magnitude: float, dtype: torch.dtype) -> None:
+    value = min(torch.tensor(magnitude, dtype=dtype).item(), torch.finfo(dtype).max)
+    exponent = exponent_for(value, 1000)
+    whole = fixed(value, exponent, dtype)
+    assert whole * 1000 <= 2**SUM_BITS
+    assert mean(whole, exponent) == pytest.approx(value, rel=1e-15, abs=2.0**-(1001))
+
+
+class Uneven(nn.Module):
+    """Parameters of three types, one that only some micro-batches reach, an empty one, and one that none reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.single = nn.Parameter(torch.randn(5, 3, generator=generator))
+        self.seldom = nn.Parameter(torch.randn(4, generator=generator))
+        self.in_double = nn.Parameter(torch.randn(6, generator=generator).double())
+        self.empty = nn.Parameter(torch.zeros(0))
+        self.in_half = nn.Parameter(torch.randn(7, generator=generator).bfloat16())
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, number: int) -> torch.Tensor:
+        factor = 0.1 + number / 3
+        loss = (self.single * factor).sin().sum() * 1e-30 + (self.in_double * factor).cos().sum() + self.empty.sum()
+        loss = loss + (self.in_half * factor).float().square().sum()
+        return loss + (self.seldom * factor).exp().sum() if number % 2 else loss
+
+
+@pytest.mark.parametrize("bucket", [1, 9, 1 << 20])
+def test_the_mean_is_that_of_exact_arithmetic(bucket: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, so that what is kept from a step must not be seen in the next."""
+    monkeypatch.setattr("elasticd.worker.exact.BUCKET_ELEMENTS", bucket)
+    model, count = Uneven(), 5
+    gradients = ExactGradients(
+        Registered(model=model), micro_batches=count, arranged=Arrangement(layout=Layout(), rank=0, world_size=1)
+    )
+    for _ in range(2):
+        gradients.clear(unequal=False)
+        each = []
+        for number in range(count):
+            each.append(torch.autograd.grad(model(number), list(model.parameters()), allow_unused=True))
+            gradients.backward(model(number), counts=True)
+        gradients.finish()
+        for (name, parameter), of_it in zip(model.named_parameters(), zip(*each, strict=True), strict=True):
+            known = [gradient.flatten().tolist() for gradient in of_it if gradient is not None]
+            assert (parameter.grad is None) == (not known), name
+            if known:
+                means = [math.fsum(values) / count for values in zip(*known, strict=True)]
+                wanted = torch.tensor(means, dtype=torch.double).to(parameter.dtype)
+                torch.testing.assert_close(parameter.grad.flatten(), wanted, rtol=1e-15, atol=0)
 
 
 def meet_a_nan() -> None:
