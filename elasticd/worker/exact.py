@@ -8,8 +8,8 @@ from a value is below 2**-60 of the largest one, times the number of micro-batch
 
 Infinity or NaN in any gradient, on any rank, raises NotFinite on all of them, before the optimizer sees it.
 
-Cost: the gradients of all of a rank's micro-batches are in memory at the end of a step; eight bytes an element cross
-the network instead of four, and after the backward pass instead of beside it.
+Cost: memory for the gradients of all of a rank's micro-batches, which is kept from step to step; eight bytes an element
+cross the network instead of four, and after the backward pass instead of beside it.
 
 What it does not make the same on any world: anything but the gradients. Kernels must be deterministic
 (``torch.use_deterministic_algorithms``) and of one kind (the same GPU, the same number of CPU threads); buffers that
@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle
+from itertools import accumulate, cycle
 from math import frexp, inf
 
 import torch
@@ -51,11 +51,11 @@ _ABSENT = -1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Bucket:
-    """Parameters that follow one another: which they are, how many elements of each are here, and where in a row."""
+    """A stretch of a row: which parameters it has a part of, and how large that is."""
 
-    parameters: slice
-    sizes: list[int]
     at: slice
+    places: list[int]
+    sizes: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,8 @@ class ExactGradients:
         #: What holds every gradient as it is, and what every mean is rounded to once.
         self._kind = torch.float64 if torch.float64 in kinds else torch.float32
         self._mean_kind = kinds.pop() if len(kinds) == 1 else torch.float64
-        self._buckets = _make_buckets([own(each).numel() for each in self._parameters])
+        self._sizes = [own(each).numel() for each in self._parameters]
+        self._buckets = _make_buckets(self._sizes)
         #: Of each micro-batch so far; and those of the last step, to be filled anew.
         self._rows: list[torch.Tensor] = []
         self._free: list[torch.Tensor] = []
@@ -120,16 +121,21 @@ class ExactGradients:
         self._drop()
 
     def finish(self) -> None:
-        if not self._parameters:
-            return
         magnitudes = self._agreed_magnitudes()
         self._refuse_infinite(magnitudes)
+        exponents = [exponent_for(magnitude, self._micro_batches) for magnitude in magnitudes]
+        means = self._scratch.means.new_empty(sum(self._sizes), dtype=self._mean_kind)
         under_way = deque[_Sum]()
         for bucket, total in zip(self._buckets, cycle(self._scratch.fixed[:2])):
-            under_way.append(self._begin(bucket, magnitudes, total[: sum(bucket.sizes)]))
+            under_way.append(self._begin(bucket, exponents, total[: sum(bucket.sizes)]))
             if len(under_way) > 1:  # the other ranks' part of this one comes while the one before is ended
-                self._end(under_way.popleft(), magnitudes)
-        self._end(under_way.popleft(), magnitudes)
+                self._end(under_way.popleft(), exponents, means)
+        while under_way:
+            self._end(under_way.popleft(), exponents, means)
+        parts = torch.split(means, self._sizes)
+        for parameter, part, magnitude in zip(self._parameters, parts, magnitudes, strict=True):
+            if magnitude != _ABSENT:
+                parameter.grad = _like(part.to(parameter.dtype), parameter)
 
     def _drop(self) -> None:
         for parameter in self._parameters:
@@ -140,16 +146,17 @@ class ExactGradients:
         parts = []
         for place, parameter in enumerate(self._parameters):
             if parameter.grad is None:
-                parts.append(parameter.new_zeros(()).expand(own(parameter).numel()))
+                parts.append(own(parameter).new_zeros(()).expand(self._sizes[place]))
             else:
                 self._present.add(place)
                 parts.append(_part_of(parameter.grad, parameter).reshape(-1))
-        row = self._free.pop() if self._free else parts[0].new_empty(sum(map(len, parts)), dtype=self._kind)
+        row = self._free.pop() if self._free else self._scratch.peaks.new_empty(sum(self._sizes))
         self._rows.append(torch.cat(parts, out=row))
 
     @cached_property
     def _scratch(self) -> _Scratch:
-        most, device = max(sum(bucket.sizes) for bucket in self._buckets), self._parameters[0].device
+        most = max((sum(bucket.sizes) for bucket in self._buckets), default=0)
+        device = self._parameters[0].device if self._parameters else torch.device("cpu")
         return _Scratch(
             peaks=torch.empty((2, most), dtype=self._kind, device=device),
             fixed=torch.empty((3, most), dtype=torch.int64, device=device),
@@ -158,12 +165,14 @@ class ExactGradients:
 
     def _agreed_magnitudes(self) -> list[float]:
         """The largest of each parameter's gradients, over all micro-batches; infinity for NaN as well."""
-        if self._rows:
-            peaks = torch.stack([each for bucket in self._buckets for each in self._peaks(bucket)])
-            largest = peaks.double().nan_to_num_(nan=inf, posinf=inf)
-            largest[[place for place in range(len(largest)) if place not in self._present]] = _ABSENT
-        else:
-            largest = self._scratch.means.new_full((len(self._parameters),), _ABSENT)
+        found = [0.0 if place in self._present else _ABSENT for place in range(len(self._parameters))]
+        if self._present:
+            peaks = torch.stack([peak for bucket in self._buckets for peak in self._peaks(bucket)])
+            places = [place for bucket in self._buckets for place in bucket.places]
+            for place, peak in zip(places, peaks.nan_to_num_(nan=inf, posinf=inf).tolist(), strict=True):
+                if place in self._present:
+                    found[place] = max(found[place], peak)
+        largest = torch.tensor(found, dtype=torch.float64, device=self._scratch.means.device)
         if self._world_size > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         agreed: list[float] = largest.tolist()
@@ -176,49 +185,44 @@ class ExactGradients:
             torch.abs(row[bucket.at], out=one if number else peaks)
             if number:
                 torch.maximum(peaks, one, out=peaks)
-        return [part.amax() if len(part) else part.new_zeros(()) for part in torch.split(peaks, bucket.sizes)]
+        return [part.amax() for part in torch.split(peaks, bucket.sizes)]
 
     def _refuse_infinite(self, magnitudes: list[float]) -> None:
         bad = [name for name, magnitude in zip(self._names, magnitudes, strict=True) if magnitude == inf]
         if bad:
             raise NotFinite(f"the gradient of {bad[0]} ({len(bad)} parameters in all) is infinite or not a number")
 
-    def _begin(self, bucket: _Bucket, magnitudes: list[float], total: torch.Tensor) -> _Sum:
-        exponents, one = self._exponents(bucket, magnitudes), self._scratch.fixed[2, : len(total)]
+    def _begin(self, bucket: _Bucket, exponents: list[int], total: torch.Tensor) -> _Sum:
+        own_exponents, one = [exponents[place] for place in bucket.places], self._scratch.fixed[2, : len(total)]
         if not self._rows:
             total.zero_()
         for number, row in enumerate(self._rows):
-            (one if number else total).copy_(make_whole(row[bucket.at], bucket.sizes, exponents))
+            (one if number else total).copy_(make_whole(row[bucket.at], bucket.sizes, own_exponents))
             if number:
                 total += one
         work = dist.all_reduce(total, group=self._across, async_op=True) if self._world_size > 1 else None
         return _Sum(bucket=bucket, total=total, work=work)
 
-    def _end(self, done: _Sum, magnitudes: list[float]) -> None:
+    def _end(self, done: _Sum, exponents: list[int], means: torch.Tensor) -> None:
         if done.work is not None:
             done.work.wait()
-        bucket, means = done.bucket, self._scratch.means[: len(done.total)].copy_(done.total)
-        divide(means, bucket.sizes, self._exponents(bucket, magnitudes), self._micro_batches)
-        parts = torch.split(means.to(self._mean_kind, copy=True), bucket.sizes)
-        for parameter, part, magnitude in zip(
-            self._parameters[bucket.parameters], parts, magnitudes[bucket.parameters], strict=True
-        ):
-            if magnitude != _ABSENT:
-                parameter.grad = _like(part.to(parameter.dtype), parameter)
-
-    def _exponents(self, bucket: _Bucket, magnitudes: list[float]) -> list[int]:
-        return [exponent_for(magnitude, self._micro_batches) for magnitude in magnitudes[bucket.parameters]]
+        bucket, sums = done.bucket, self._scratch.means[: len(done.total)].copy_(done.total)
+        divide(sums, bucket.sizes, [exponents[place] for place in bucket.places], self._micro_batches)
+        means[bucket.at] = sums
 
 
 def _make_buckets(sizes: Sequence[int]) -> list[_Bucket]:
+    """Of rows that hold parameters of these sizes. A large one lies in many."""
     found = list[_Bucket]()
-    first = begins = ends = 0
-    for after, size in enumerate(sizes, start=1):
-        ends += size
-        if ends - begins >= BUCKET_ELEMENTS or after == len(sizes):
-            part = list(sizes[first:after])
-            found.append(_Bucket(parameters=slice(first, after), sizes=part, at=slice(begins, ends)))
-            first, begins = after, ends
+    begins = list(accumulate(sizes, initial=0))
+    for first in range(0, begins[-1], BUCKET_ELEMENTS):
+        after = min(first + BUCKET_ELEMENTS, begins[-1])
+        inside = {
+            place: part
+            for place, size in enumerate(sizes)
+            if (part := min(begins[place] + size, after) - max(begins[place], first)) > 0
+        }
+        found.append(_Bucket(at=slice(first, after), places=list(inside), sizes=list(inside.values())))
     return found
 
 
