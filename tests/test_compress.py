@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from trainees import Points
 from worker_runs import run_world
 
 from elasticd import PowerSGD, Session
@@ -19,20 +20,6 @@ from elasticd.worker.compress import Compression
 COUNT, SEED, STEPS = 8, 3, 60
 
 pytestmark = pytest.mark.usefixtures("in_plain_python")
-
-
-class Points:
-    """A regression that a small model can learn."""
-
-    def __init__(self) -> None:
-        self.inputs = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
-        self.targets = self.inputs.sin().sum(1, keepdim=True)
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.inputs[index], self.targets[index]
 
 
 def small() -> nn.Module:
@@ -51,7 +38,7 @@ def train(compress: Compression | None, caps: list[int]) -> None:
         losses = []
         for step in session.steps(until=STEPS):
             with step:
-                for inputs, targets in step.micro_batches(Points(), size=4):
+                for inputs, targets in step.micro_batches(Points(64), size=4):
                     step.backward((model(inputs) - targets).square().mean())
                 optimizer.step()
                 losses.append(step.mean_loss())

@@ -225,7 +225,7 @@ def tensor_parallel_without_layout() -> None:
     session = Session(micro_batches=4)
     model = small(session)
     parallelize_module(model, session.mesh, {"0": ColwiseParallel()})
-    session.register(model=DistributedDataParallel(model) if session.rank < 0 else model)
+    session.register(model=model)
 
 
 def ddp_over_tensor_parallel() -> None:

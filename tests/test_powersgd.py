@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from memory_nodes import MemoryNodes
-from test_compress import Points
 from test_memory import join_node
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
+from trainees import Points
 from worker_runs import run_world
 
 from elasticd import PowerSGD, Session
@@ -78,7 +78,7 @@ def train(run: Run) -> None:
         losses = {}
         for step in session.steps(until=run.until):
             with step:
-                for inputs, targets in step.micro_batches(Points(), size=4):
+                for inputs, targets in step.micro_batches(Points(64), size=4):
                     step.backward((model(inputs) - targets).square().mean())
                 optimizer.step()
                 losses[step.index] = step.mean_loss()
@@ -195,7 +195,7 @@ def test_infinity_reaches_the_optimizer_and_is_forgotten() -> None:
         finite = []
         for step in session.steps(until=6):
             with step:
-                for inputs, targets in step.micro_batches(Points(), size=4):
+                for inputs, targets in step.micro_batches(Points(64), size=4):
                     loss = (model(inputs) - targets).square().mean()
                     step.backward(loss * float("inf") if step.index == 2 else loss)
                 finite.append(all(bool(each.grad.isfinite().all()) for each in model.parameters()))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_compress import Points
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from trainees import Points
 from worker_runs import run_world
 
 from elasticd import Layout, Session, average_in_two_levels
@@ -53,7 +53,7 @@ def train(kind: str) -> None:
             average_in_two_levels(model, session.mesh)
         for step in session.steps(until=STEPS):
             with step:
-                for inputs, targets in step.micro_batches(Points(), size=4):
+                for inputs, targets in step.micro_batches(Points(64), size=4):
                     step.backward((model(inputs) - targets).square().mean())
                 optimizer.step()
         print(session.sent_bytes)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from elasticd.errors import ConfigError
 from elasticd.worker.gradients import replicas, shards, trained
+from elasticd.worker.layout import said_by_all
 from elasticd.worker.powersgd import Future, LowRankAverage, PowerSGD, Sent
 from elasticd.worker.state import Registered
 
@@ -35,12 +36,9 @@ def check_compression(wanted: Compression | PowerSGD | None, *, exact: bool, gro
         raise ConfigError(f"compress is {wanted!r}: say {', '.join(map(repr, _NAMES))}, PowerSGD(rank=...) or None")
     if wanted is not None and exact:
         raise ConfigError("exact mode sums what is not rounded: leave out exact, or compress")
-    if group is not None:
-        said = torch.tensor(_as_numbers(wanted))
-        both = torch.stack([said, -said])
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
-        if not both[0].equal(-both[1]):
-            raise ConfigError("compress must be the same on all ranks")
+    least, most = said_by_all(_as_numbers(wanted), group)
+    if least != most:
+        raise ConfigError("compress must be the same on all ranks")
 
 
 def _as_numbers(wanted: Compression | PowerSGD | None) -> list[int]:
@@ -72,8 +70,8 @@ def compress_gradients(
     averaged = replicas(registered)
     if not averaged and world_size > 1:
         raise ConfigError("compress needs a model in DistributedDataParallel: wrap it before session.register()")
-    if isinstance(wanted, PowerSGD) or wanted == "powersgd":
-        how = PowerSGD() if wanted == "powersgd" else wanted
+    how = PowerSGD() if wanted == "powersgd" else wanted
+    if isinstance(how, PowerSGD):
         names = {parameter: name for name, parameter in trained(registered).named_parameters()}
         for replica in averaged:
             named = {names[each]: each for each in replica.parameters()}
@@ -82,7 +80,7 @@ def compress_gradients(
             registered.compression.append(low_rank)
         return
     for replica in averaged:
-        replica.register_comm_hook((replica.process_group, _TYPES[wanted], sent), _average_rounded)
+        replica.register_comm_hook((replica.process_group, _TYPES[how], sent), _average_rounded)
 
 
 def _average_in_low_rank(low_rank: LowRankAverage, bucket: dist.GradBucket) -> Future:  # type: ignore[name-defined]

@@ -136,3 +136,8 @@ def replicas(registered: Registered) -> list[DistributedDataParallel]:
 
 def shards(registered: Registered) -> list[FSDPModule]:
     return [module for module in trained(registered).modules() if isinstance(module, FSDPModule)]
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

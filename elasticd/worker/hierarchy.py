@@ -28,6 +28,9 @@ from elasticd.errors import ConfigError
 
 Future = torch.futures.Future[torch.Tensor]
 Job = tuple[torch.Tensor, Future]
+# torch 2.13 renamed both, and warns of the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def average_in_two_levels(model: DistributedDataParallel, mesh: DeviceMesh) -> None:
@@ -82,8 +85,8 @@ def _average(gradients: torch.Tensor, inside: dist.ProcessGroup, across: dist.Pr
     gradients /= parts * across.size()
     whole = pad(gradients, (0, -count % parts)) if count % parts else gradients
     own = whole.new_empty(len(whole) // parts)
-    dist.reduce_scatter_tensor(own, whole, group=inside)
+    _reduce_scatter(own, whole, group=inside)
     dist.all_reduce(own, group=across)
-    dist.all_gather_into_tensor(whole, own, group=inside)
+    _all_gather(whole, own, group=inside)
     if whole is not gradients:
         gradients.copy_(whole[:count])

@@ -135,7 +135,7 @@ def arrange(layout: Layout | None, place: Place, group: dist.ProcessGroup | None
     if layout is None:
         return Arrangement(layout=Layout(), rank=rank, world_size=world_size)
     local = place.local_world_size
-    least, most = _agreed([layout.tensor, layout.pipeline, _code(layout), local], group)
+    least, most = said_by_all([layout.tensor, layout.pipeline, _code(layout), local], group)
     if least[:-1] != most[:-1]:
         raise ConfigError("the layout must be the same on all ranks")
     if layout.shard == "node":
@@ -159,11 +159,11 @@ def _code(layout: Layout) -> int:
     return {"node": -1, None: 0}.get(layout.shard, layout.shard)  # type: ignore[arg-type, return-value]
 
 
-def _agreed(said: list[int], group: dist.ProcessGroup | None) -> tuple[list[int], list[int]]:
-    """The least and the most that any rank says of each number."""
+def said_by_all(own: list[int], group: dist.ProcessGroup | None) -> tuple[list[int], list[int]]:
+    """Collective: the least and the most that any rank says of each number."""
     if group is None:
-        return said, said
-    extremes = torch.tensor([said, [-each for each in said]], dtype=torch.int64)
+        return own, own
+    extremes = torch.tensor([own, [-each for each in own]], dtype=torch.int64)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     most, least = extremes.tolist()
     return [-each for each in least], most

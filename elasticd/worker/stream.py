@@ -26,7 +26,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -99,9 +99,7 @@ class Stream:
         """For a checkpoint: where the stream stands before this step. Reads up to there what is others'."""
         self._skip_to(self._number((step, 0)))
         self._origin = self._position()
-        here = self._origin
-        position = {"epoch": here.epoch, "taken": here.taken, "total": here.total, "state": here.state}
-        return position | {"size": self._source.size, "workers": self._loader.num_workers}
+        return asdict(self._origin) | {"size": self._source.size, "workers": self._loader.num_workers}
 
     def _number(self, key: Key) -> int:
         step, micro_batch = key

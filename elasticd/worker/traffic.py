@@ -19,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
-from elasticd.worker.gradients import replicas, shards, trained
+from elasticd.worker.gradients import own, replicas, shards, trained
 from elasticd.worker.hierarchy import is_in_two_levels
 from elasticd.worker.layout import Arrangement
 from elasticd.worker.state import Registered
@@ -63,7 +63,7 @@ class Traffic:
         if registered.model is None or self._arranged.world_size == 1:
             return 0.0
         if self._exact:
-            elements = sum(map(_own_numel, _gradients(trained(registered))))
+            elements = sum(own(each).numel() for each in _gradients(trained(registered)))
             return ring_bytes(_EXACT_BYTES * elements, self._arranged.replicas)
         sharded = _gradients(trained(registered)) if shards(registered) else []
         return sum(map(self._of_replica, replicas(registered))) + sum(map(_of_shard, sharded))
@@ -87,7 +87,7 @@ def _of_shard(parameter: torch.Tensor) -> float:
     """Of a model in fully_shard."""
     if not isinstance(parameter, DTensor):
         return 0.0
-    own_bytes, sent = parameter.to_local().nbytes, 0.0
+    own_bytes, sent = own(parameter).nbytes, 0.0
     names = parameter.device_mesh.mesh_dim_names or ("",) * parameter.device_mesh.ndim
     for name, size, placement in zip(names, parameter.device_mesh.shape, parameter.placements, strict=True):
         if name != "tp":
@@ -98,7 +98,3 @@ def _of_shard(parameter: torch.Tensor) -> float:
 
 def _gradients(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [each for each in model.parameters() if each.requires_grad]
-
-
-def _own_numel(parameter: torch.Tensor) -> int:
-    return parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
