@@ -18,7 +18,8 @@ test-fast: $(VENV)/.ready ## the core and what else needs seconds
 
 RUNS ?= 50
 SEED ?= 1
-campaign: $(VENV)/.ready ## the same curve under random faults, run after run; 20 seconds each, stops at the first that differs
+campaign: $(VENV)/.ready ## the same curve under random faults, run after run; 20 to 90 seconds each, stops at the first that differs
+	$(PY) -m pytest -m campaign
 	rm -rf out/campaign
 	$(PY) -m elasticd.testing.campaign --runs $(RUNS) --seed $(SEED)
 

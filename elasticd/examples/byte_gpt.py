@@ -181,13 +181,14 @@ def train(arguments: argparse.Namespace) -> None:
         micro_batches=arguments.micro_batches,
         balance=arguments.balance,
         exact=arguments.exact,
+        compress=arguments.compress,
         checkpoint_dir=arguments.checkpoint_dir,
         save_every_steps=arguments.save_every,
         memory_every_steps=arguments.memory_every,
         seed=arguments.seed,
     )
     data = StandardLibrary(arguments.length)
-    whole = ByteGPT(length=arguments.length, width=arguments.width).to(session.device)
+    whole = ByteGPT(length=arguments.length, width=arguments.width, layers=arguments.layers).to(session.device)
     model = parallelize(whole, arguments.parallel, session)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     session.register(model=model, optimizer=optimizer)
@@ -255,8 +256,10 @@ def main() -> None:
     parser.add_argument("--parallel", default="ddp", choices=["ddp", "fsdp2", *LAYOUTS], help="see above")
     parser.add_argument("--balance", type=balance_of, default="auto", help="auto, on, off, or fixed weights as 1:2:5")
     parser.add_argument("--exact", action="store_true", help="the same bits on any world; prints a hash at the end")
+    parser.add_argument("--compress", help="gradients cross the network as bf16, fp16 or powersgd; for ddp")
     parser.add_argument("--length", type=int, default=64, help="bytes in a sequence")
     parser.add_argument("--width", type=int, default=128, help="width of the model")
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--step-seconds", type=float, default=0.0, help="pad each step to this length")
     parser.add_argument("--checkpoint-dir", help="directory for checkpoints; none are saved without it")

@@ -1,4 +1,4 @@
-"""``python -m elasticd.testing.campaign``: seeded runs of one job, each under faults that its seed chooses.
+"""``python -m elasticd.testing.campaign``: seeded runs of one job, in a layout and under faults that the seed chooses.
 
 Every run must show the same curve, samples and (in exact mode) bits as a run without faults (curves.py). Stops at the
 first that does not, and says its seed: ``--seed N --runs 1`` does it again. What was recorded is kept in ``--folder``.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from elasticd.errors import ElasticdError
 from elasticd.testing.cluster import Cluster, ClusterSpec
-from elasticd.testing.curves import STEPS, CurveRun, Reference, run_reference
+from elasticd.testing.curves import EXACT, FLOAT, RANKS, SMALL, STEPS, CurveRun, Reference, Task, run_reference
 from elasticd.testing.faults import CutNode, Fault, KillNode, KillWorker, SlowNode
 from elasticd.testing.validators import Pause, Violation
 
@@ -27,6 +27,8 @@ MAX_RESTARTS = 50
 #: A later fault would strike a job that has ended.
 LAST_STEP = STEPS - 30
 _SLOW = (0.15, 0.3, 0.6)
+#: A step in a layout takes several times as long, and a node may have two ranks.
+_SLOW_LAYOUT = (0.6, 0.9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,16 +46,27 @@ class Plan:
 
     seed: int
     exact: bool
+    parallel: str
     balance: str
     max_nodes: int
     strikes: tuple[Strike, ...]
+
+    @property
+    def task(self) -> Task:
+        if self.exact:
+            return EXACT
+        return FLOAT if self.parallel == "ddp" else SMALL
 
 
 def choose_plan(seed: int) -> Plan:
     """The same seed gives the same plan."""
     chance = random.Random(seed)
+    exact = chance.random() < 0.3
+    layouts = [layout for layout in RANKS if layout != "ddp"]
+    parallel = "ddp" if exact or chance.random() < 0.4 else chance.choice(layouts)
+    slow = _SLOW if parallel == "ddp" else _SLOW_LAYOUT
     first, second, third = chance.sample(range(NODES), NODES)
-    faults: list[Fault] = [KillNode(node=first), SlowNode(node=third, fraction=chance.choice(_SLOW))]
+    faults: list[Fault] = [KillNode(node=first), SlowNode(node=third, fraction=chance.choice(slow))]
     if chance.random() < 0.7:
         faults.append(KillNode(node=second) if chance.random() < 0.5 else CutNode(node=second))
     if chance.random() < 0.5:
@@ -64,7 +77,8 @@ def choose_plan(seed: int) -> Plan:
         strikes.append(Strike(fault=fault, at_step=at, heal_at_step=at + chance.randrange(10, 80)))
     return Plan(
         seed=seed,
-        exact=chance.random() < 0.5,
+        exact=exact,
+        parallel=parallel,
         balance=chance.choice(["auto", "off", "1:2:5"]),
         max_nodes=chance.choice([1, 2, NODES, NODES]),
         strikes=tuple(sorted(strikes, key=lambda strike: strike.at_step)),
@@ -73,10 +87,9 @@ def choose_plan(seed: int) -> Plan:
 
 def run_plan(plan: Plan, cluster: Cluster, reference: Reference) -> list[Violation]:
     """The cluster is whole again afterwards. ElasticdError when the job did not come to its end."""
-    run = CurveRun(cluster, f"seed-{plan.seed}", exact=plan.exact)
-    run.submit(
-        balance=plan.balance, step_seconds=0.01, nodes=f"1:{plan.max_nodes}", spares=NODES, max_restarts=MAX_RESTARTS
-    )
+    run = CurveRun(cluster, f"seed-{plan.seed}", plan.task)
+    limits = {"nodes": f"1:{plan.max_nodes}", "spares": NODES, "max_restarts": MAX_RESTARTS}
+    run.submit(balance=plan.balance, step_seconds=0.01, parallel=plan.parallel, **limits)
     for step, act in sorted(_schedule(plan, run), key=lambda item: item[0]):
         if step < STEPS:
             run.wait_step(step, timeout_s=60)
@@ -115,15 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     folder = Path(asked.folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    references: dict[bool, Reference] = {}
+    references: dict[Task, Reference] = {}
     with Cluster(ClusterSpec(nodes=NODES, etcd_members=1), folder=folder) as cluster:
         for seed in range(asked.seed, asked.seed + asked.runs):
             plan, started_at = choose_plan(seed), time.monotonic()
             _say(str(plan))
-            if plan.exact not in references:
-                references[plan.exact] = run_reference(folder, exact=plan.exact)
+            if plan.task not in references:
+                references[plan.task] = run_reference(folder, plan.task)
             try:
-                wrong = [str(violation) for violation in run_plan(plan, cluster, references[plan.exact])]
+                wrong = [str(violation) for violation in run_plan(plan, cluster, references[plan.task])]
             except ElasticdError as error:
                 wrong = [str(error)]
             if wrong:

@@ -18,7 +18,7 @@ from fake_gpus import ECC, HEALTHY, FakeGpus, why_not_fake_gpus
 
 from elasticd.testing import curves, validators
 from elasticd.testing.cluster import Cluster, ClusterSpec
-from elasticd.testing.curves import CurveRun, Reference
+from elasticd.testing.curves import EXACT, FLOAT, CurveRun, Reference
 from elasticd.testing.faults import SlowNode
 from elasticd.testing.history import Event, Trained, events_of, read_trained, rounds_of
 
@@ -46,7 +46,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, 
     """By whether it is exact; they run beside the first test."""
     folder = tmp_path_factory.mktemp("reference")
     with ThreadPoolExecutor(2) as threads:
-        yield {exact: threads.submit(curves.run_reference, folder, exact=exact) for exact in (False, True)}
+        yield {task.exact: threads.submit(curves.run_reference, folder, task) for task in (FLOAT, EXACT)}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_killed_node_and_one_that_joins_do_not_show_in_200_steps(
     cluster: Cluster, references: dict[bool, Future[Reference]], exact: bool, balance: str
 ) -> None:
     joiner = drained(cluster, next((i for i, node in enumerate(cluster.nodes) if not node.running), 3))
-    run = CurveRun(cluster, "exact" if exact else "float", exact=exact)
+    run = CurveRun(cluster, "exact" if exact else "float", EXACT if exact else FLOAT)
     run.submit(balance=balance, step_seconds=0.02, nodes="1:3")
     run.wait_step(30, world=3)
     if exact:
