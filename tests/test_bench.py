@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 
 import pytest
 
 from elasticd.bench import __main__ as bench
 from elasticd.bench import checkpoint, memory
 from elasticd.bench.balance import BEFORE, SETTLING, percent_missing, read_release, read_run
-from elasticd.bench.compression import WARM_UP, read_steps
+from elasticd.bench.compression import WARM_UP, WINDOW, curve_distance, noise_of, read_steps
 from elasticd.bench.figures import ELASTICD, TUNED, Figure, Goal, all_hold
 from elasticd.bench.idle import Usage, all_linked, cpu_percent
 from elasticd.bench.jobs import BEST, DEFAULTS, JobShape, TorchrunFlags, TorchrunJob, first_step
@@ -120,6 +121,17 @@ def test_what_a_step_sends_and_takes_is_read_after_the_warm_up() -> None:
     assert read_steps(lines) == pytest.approx((2.0, 0.5))
     with pytest.raises(ValueError, match="1 steps"):
         read_steps(lines[: 2 * (WARM_UP + 1)])
+
+
+def test_curves_differ_by_their_means_and_the_noise_is_the_least_of_what_seeds_do() -> None:
+    steps = range(4 * WINDOW)
+    falling = [5 - step / 100 for step in steps]
+    jagged = [loss + (-1) ** step for step, loss in enumerate(falling)]
+    late = [loss * (1 if step < 3 * WINDOW else 1.02) for step, loss in enumerate(falling)]
+    assert curve_distance(jagged, falling) == pytest.approx(0, abs=1e-9)  # no batch is like another
+    assert curve_distance(late, falling) == pytest.approx(2)
+    assert curve_distance([*falling[:-WINDOW], *[float("nan")] * WINDOW], falling) == math.inf
+    assert noise_of([falling, [1.01 * loss for loss in falling], [1.5 * loss for loss in falling]]) == pytest.approx(1, rel=0.02)
 
 
 def test_costs_are_medians_over_turns_of_both_ways() -> None:
