@@ -30,6 +30,8 @@ pytestmark = [pytest.mark.net, pytest.mark.timeout(180)]
 
 SCRIPT = Path(__file__).with_name("remember.py")
 EVERY = 4
+#: Until a daemon that starts has workers: with torch's import, by several at a time.
+START_S = 40.0
 ZONES = tuple(Topology(zone=zone) for zone in "aab")
 
 
@@ -45,19 +47,19 @@ def newest_step(cluster: Cluster) -> int:
     return max(line.step for line in cluster.trained())
 
 
-def first_of_next_round(cluster: Cluster, number: int, world: int) -> Trained:
+def first_of_next_round(cluster: Cluster, number: int, world: int, timeout_s: float = RECOVERY_S) -> Trained:
     """The first step of a round later than that one, of a world of that size."""
 
     def found() -> list[Trained]:
         return [line for line in cluster.trained() if line.round_number > number and line.world == world]
 
-    return cluster.wait_until(found, RECOVERY_S, f"a world of {world} after round {number}")[0]
+    return cluster.wait_until(found, timeout_s, f"a world of {world} after round {number}")[0]
 
 
 def test_workers_and_nodes_that_die_cost_fewer_steps_than_asked_for(cluster: Cluster, tmp_path: Path) -> None:
     chance = random.Random(SEED)
     cluster.submit("memory", [str(SCRIPT), str(tmp_path), str(EVERY)], nodes="1:3", max_restarts=9)
-    cluster.wait_step(0, world=3, timeout_s=40)
+    cluster.wait_step(0, world=3, timeout_s=START_S)
     faults: list[Fault] = [KillNode(node=2), KillWorker(rank=1), CutNode(node=chance.randrange(2))]
     for fault in faults:
         cluster.wait_step(time.monotonic() + chance.uniform(0.3, 1.0), world=3)
@@ -71,7 +73,7 @@ def test_workers_and_nodes_that_die_cost_fewer_steps_than_asked_for(cluster: Clu
         fault.heal(cluster)
         if whole == 2:  # back by a planned change, which costs none
             number = first.round_number
-            joined = first_of_next_round(cluster, number, 3)
+            joined = first_of_next_round(cluster, number, 3, START_S)
             assert joined.step == 1 + max(line.step for line in cluster.trained() if line.round_number <= number)
     assert sources(cluster) == {"memory", "buddy"}
     apart = {event.details["apart"] for event in cluster.history() if event.name == "memory_kept"}
@@ -106,7 +108,7 @@ def test_a_daemon_that_is_killed_takes_its_memory_along_and_the_disk_is_next(nam
     with Cluster(spec, folder=tmp_path / "cluster") as cluster:
         options = ["--disk", "1", "--hold", "4000000", "--step", "0.01"]  # always in the middle of a save
         cluster.submit("disk", [str(SCRIPT), str(tmp_path), str(EVERY), *options], nodes="1", max_restarts=9)
-        cluster.wait_step(0, timeout_s=40)
+        cluster.wait_step(0, timeout_s=START_S)
         for point in range(points):
             started = newest_step(cluster)
             cluster.wait_until(lambda started=started: newest_step(cluster) > started + 2, 20, "three steps")
