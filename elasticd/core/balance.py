@@ -67,6 +67,9 @@ class Speeds:
         self._seen = [0] * world_size
         #: How many windows there were.
         self.exchanges = 0
+        #: Whether the next window may say something new: one is young, or its last window was far off. It is asked for
+        #: in each step, and changes with a window only.
+        self.unsettled = True
 
     def add(self, seconds: Sequence[float]) -> None:
         """One window's seconds per micro-batch of each rank. What is no measure is left out."""
@@ -76,6 +79,7 @@ class Speeds:
                 windows.append(measured)
                 del windows[: -1 if _has_changed(windows) else -WINDOWS]
                 self._seen[rank] += 1
+        self.unsettled = any(len(each) < SETTLED or not _is_near(each[-1], median(each)) for each in self._windows)
 
     def known(self) -> list[float]:
         """Seconds per micro-batch of each rank; NaN until there are two windows: the first one is warming up."""
@@ -83,11 +87,6 @@ class Speeds:
             _usual(windows) if seen > 1 else float("nan")
             for windows, seen in zip(self._windows, self._seen, strict=True)
         ]
-
-    @property
-    def unsettled(self) -> bool:
-        """Whether the next window may say something new: one is young, or its last window was far off."""
-        return any(len(windows) < SETTLED or not _is_near(windows[-1], median(windows)) for windows in self._windows)
 
 
 def _has_changed(windows: Sequence[float]) -> bool:
