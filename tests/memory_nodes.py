@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from elasticd.cluster.peers import LinkSettings
+from elasticd.core.memory import Generation
 from elasticd.core.messages import Event
 from elasticd.core.model import BootId, JobId, NodeId, Seat, Topology
 from elasticd.daemon.local import Caller, LocalServer
@@ -21,6 +22,10 @@ from elasticd.daemon.memory_service import MemoryService, World
 
 JOB = JobId("j")
 LIMIT_BYTES = 512 * 1024**2
+
+
+def generation(step: int, round_number: int = 1) -> Generation:
+    return Generation(step=step, round_number=round_number)
 
 
 class _NoFence:

@@ -2,98 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pwd
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-from elasticd.channel import Channel, Message
+from elasticd.channel import Channel
 from elasticd.errors import ChannelClosed, OperatorError
-from elasticd.supervisor.imports import find_imports, hidden_modules, module_source, script_source
 from elasticd.supervisor.warm_client import WarmServer
 from tests.conftest import eventually
-
-PATIENCE_S = 60.0
-
-
-class Forks:
-    """A server and one client of it, as an agent is."""
-
-    def __init__(self, folder: Path, **env: str) -> None:
-        self.folder = folder
-        inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-        self.server = WarmServer(sys.executable, folder / "warm", {**inherited, **env})
-        self.told: list[Message] = []
-        self.agent: Channel | None = None
-
-    def preload(self, script: str = "", **fields: object) -> Message:
-        self.server.preload(script, **fields)
-        return self.heard("preloaded")
-
-    def heard(self, kind: str) -> Message:
-        """The next message of this type on the control socket."""
-        found: list[Message] = []
-
-        def arrived() -> bool:
-            self.told += self.server.messages()
-            found[:] = [message for message in self.told if message["type"] == kind]
-            return bool(found)
-
-        eventually(arrived, PATIENCE_S, f"{kind} from the warm server")
-        self.told.remove(found[0])
-        return found[0]
-
-    def fork(self, *command: str, **fields: object) -> int:
-        """The new process's pid."""
-        if self.agent is None:
-            self.agent = Channel.connect(str(self.server.socket_path))
-        defaults = {"stdout": str(self.folder / "out"), "stderr": str(self.folder / "err")}
-        self.agent.send({"type": "fork", "id": 0, "command": list(command), **defaults, **fields})
-        return int(self._answer("forked")["pid"])
-
-    def status(self, pid: int) -> int:
-        """How it ended: its exit code; negative: the signal."""
-        message = self._answer("exited")
-        assert message["pid"] == pid
-        return int(message["status"])
-
-    def run(self, *command: str, **fields: object) -> tuple[int, str, str]:
-        """(status, stdout, stderr) of a process that ends by itself."""
-        for name in ("out", "err"):
-            (self.folder / name).unlink(missing_ok=True)
-        status = self.status(self.fork(*command, **fields))
-        return status, (self.folder / "out").read_text(), (self.folder / "err").read_text()
-
-    def _answer(self, kind: str) -> Message:
-        assert self.agent is not None
-        message = self.agent.receive(PATIENCE_S)
-        assert message is not None
-        assert message["type"] == kind, message
-        return message
-
-    def close(self) -> None:
-        if self.agent is not None:
-            self.agent.close()
-        self.server.close()
-
-
-@contextlib.contextmanager
-def forks(folder: Path, **env: str) -> Iterator[Forks]:
-    made = Forks(folder, **env)
-    try:
-        yield made
-    finally:
-        made.close()
+from tests.warm_forks import PATIENCE_S, Forks, alive, forks, script
 
 
 @pytest.fixture(scope="module")
@@ -102,78 +27,6 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     with forks(tmp_path_factory.mktemp("warm")) as made:
         made.preload()
         yield made
-
-
-def script(folder: Path, text: str, name: str = "script.py") -> str:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(textwrap.dedent(text))
-    return str(path)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-# --- what a script imports ---
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("import json\nimport os.path", ["json", "os.path"]),
-        ("from torch import nn", ["torch", "torch.nn"]),
-        ("from json import *", ["json"]),
-        ("def main():\n    import csv", ["csv"]),
-        ("import own", ["csv"]),  # through a local module, which is not named itself
-        ("from package import deep", ["wave"]),
-        ("import package.deep", ["wave"]),
-        ("import package.uncle", ["wave"]),  # its relative import leads to the same module
-        ("import space.inner", ["cmd"]),  # a package without __init__.py
-        ("import own, broken", ["csv"]),
-        ("import (", []),
-    ],
-)
-def test_imports_are_found_without_running_anything(tmp_path: Path, text: str, expected: list[str]) -> None:
-    script(tmp_path, "import csv\nraise SystemExit('must not run')", "own.py")
-    script(tmp_path, "from . import nothing", "broken.py")
-    script(tmp_path, "", "package/__init__.py")
-    script(tmp_path, "import wave", "package/deep.py")
-    script(tmp_path, "from .deep import x", "package/uncle.py")
-    script(tmp_path, "import cmd", "space/inner.py")
-    source, folder = script_source(script(tmp_path, text))
-    assert find_imports(source, folder) == expected
-
-
-def test_modules_that_import_each_other_are_read_once(tmp_path: Path) -> None:
-    script(tmp_path, "import b, csv", "a.py")
-    script(tmp_path, "import a, wave", "b.py")
-    source, folder = script_source(script(tmp_path, "import a"))
-    assert sorted(find_imports(source, folder)) == ["csv", "wave"]
-
-
-def test_a_module_is_found_as_python_m_finds_it(tmp_path: Path) -> None:
-    script(tmp_path, "raise SystemExit('must not run')", "pkg/__init__.py")
-    script(tmp_path, "import csv", "pkg/__main__.py")
-    script(tmp_path, "from . import __main__ as main", "pkg/tool.py")
-    main, tool = module_source("pkg", tmp_path), module_source("pkg.tool", tmp_path)
-    assert main is not None
-    assert main.path == tmp_path / "pkg/__main__.py"
-    assert tool is not None
-    assert find_imports(tool, tmp_path) == ["csv"]
-    assert module_source("pkg.missing", tmp_path) is None
-    assert module_source("missing.tool", tmp_path) is None
-
-
-def test_a_folder_that_hides_a_loaded_module_is_noticed(tmp_path: Path) -> None:
-    script(tmp_path, "", "psutil.py")
-    script(tmp_path, "", "not_loaded.py")
-    (tmp_path / "pytest").mkdir()  # data; an installed package goes before a folder without __init__.py
-    assert hidden_modules(tmp_path) == ["psutil"]
-    assert hidden_modules(Path(psutil.__file__).parent.parent) == []
 
 
 # --- what the server makes of it ---
