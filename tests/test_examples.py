@@ -21,12 +21,14 @@ import elasticd.examples
 ELASTICD = [sys.executable, "-m", "elasticd.cli", "run", "--nproc-per-node", "2"]
 PLAIN_DDP = Path(elasticd.examples.__file__).with_name("plain_ddp.py")
 PATIENCE_S = 60.0
+#: The other two's default as well.
+SAVE_EVERY = 20
 
 
 #: The name, its flags, and the beginning of its last line.
 EXAMPLES = {
     "mlp_digits": (
-        ["--save-every", "20", "--progress-seconds", "0.3", "--step-seconds", "0.02", "--checkpoint-dir"],
+        ["--save-every", str(SAVE_EVERY), "--progress-seconds", "0.3", "--step-seconds", "0.02", "--checkpoint-dir"],
         "accuracy",
     ),
     "hf_trainer": (["--steps", "160", "--output-dir"], "done at step 160"),
@@ -54,12 +56,19 @@ def train_with_a_kill(example: str, log: Path) -> None:
             [*command, str(log.with_suffix(""))], env=environment(), stdout=output, stderr=output
         )
     try:
-        eventually(lambda: len(said(log, r"^step (\d+).* world 2")) >= 3, PATIENCE_S, f"three lines in {log}")
+        eventually(lambda: has_saved(log), PATIENCE_S, f"a checkpoint beside {log}, and steps after it")
         os.kill(workers(process.pid)[1], signal.SIGKILL)
         assert process.wait(PATIENCE_S) == 0, log.read_text()
     finally:
         process.terminate()
         process.wait(20)
+
+
+def has_saved(log: Path) -> bool:
+    """Whether there is a whole checkpoint to go on from, and a later step. What each of the three writes last."""
+    last = ("step-*/manifest.json", "checkpoint-*/trainer_state.json", "last.ckpt")
+    saved = any(any(log.with_suffix("").glob(pattern)) for pattern in last)
+    return saved and max(said(log, r"^step (\d+).* world 2"), default=0) > SAVE_EVERY
 
 
 def workers(daemon: int) -> list[int]:
@@ -81,7 +90,7 @@ def test_a_killed_worker_resumes_and_the_example_ends_well(example: str, logs: d
     begun = said(log, r"^begins at step (\d+) world 2")
     assert len(begun) == 2, log.read_text()
     assert begun[0] == 0 < begun[1]
-    assert begun[1] % 20 == 0
+    assert begun[1] % SAVE_EVERY == 0
     assert f"\n{ending}" in log.read_text()
     if ending == "accuracy":
         assert 95 <= said(log, r"^accuracy (\d+)")[0] <= 100
