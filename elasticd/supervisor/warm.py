@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,17 +140,16 @@ class _Server:
     def _preload(self, message: Message) -> Message:
         """Imports what the script will; a module that fails is left for the script to fail on."""
         started = time.monotonic()
-        if not self.threads:
-            self.threads = _import_torch()
-        before = set(os.environ)
-        failed = [name for name in ALWAYS if not _import(name)]
-        # torch._dynamo, for one, names a folder after the user: a script that needs it will name its own.
-        self.import_env += tuple(os.environ.keys() - before)
-        names, folder = _learn(message)
-        failed += [name for name in names if not _import(name)]
+        with _frozen():
+            if not self.threads:
+                self.threads = _import_torch()
+            before = set(os.environ)
+            failed = [name for name in ALWAYS if not _import(name)]
+            # torch._dynamo, for one, names a folder after the user: a script that needs it will name its own.
+            self.import_env += tuple(os.environ.keys() - before)
+            names, folder = _learn(message)
+            failed += [name for name in names if not _import(name)]
         self.why_not_warm = _why_not_warm(folder)
-        gc.collect()
-        gc.freeze()  # forked children then do not copy pages only to look for garbage in them
         seconds = time.monotonic() - started
         return {"type": "preloaded", "seconds": seconds, "failed": failed[:50], "why_not_warm": self.why_not_warm}
 
@@ -252,6 +251,21 @@ def _learn(message: Message) -> tuple[list[str], Path | None]:
     else:
         source, folder = script_source(str(folder / script))
     return (find_imports(source, folder) if source else []), folder
+
+
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """What is imported in here is to stay: it is not searched for garbage while it grows (a third of the time that
+    torch's import takes: 5.1 s with that search, 3.5 s without), and no more later: forked children would copy pages
+    only to look.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def _import_torch() -> int:
