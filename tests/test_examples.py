@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import eventually
 from worker_runs import environment, ledger, run
 
@@ -94,6 +96,23 @@ def test_a_killed_worker_resumes_and_the_example_ends_well(example: str, logs: d
     assert f"\n{ending}" in log.read_text()
     if ending == "accuracy":
         assert 95 <= said(log, r"^accuracy (\d+)")[0] <= 100
+
+
+def test_a_trainers_checkpoint_that_a_kill_cut_off_is_passed_over(tmp_path: Path) -> None:
+    """Rank 0 had come to its end, and rank 1, which was killed, not: its file is empty, or has no end."""
+    newest_checkpoint = runpy.run_module("elasticd.examples.hf_trainer", run_name="imported")["newest_checkpoint"]
+    for step in (20, 40, 60, 80):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for rank in (0, 1):
+            torch.save({"cpu": torch.get_rng_state()}, folder / f"rng_state_{rank}.pth")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-80/trainer_state.json").write_text('{"glob')
+    (tmp_path / "checkpoint-60/rng_state_1.pth").write_bytes(b"")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-40")
+    cut = tmp_path / "checkpoint-40/rng_state_1.pth"
+    cut.write_bytes(cut.read_bytes()[:-10])
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
 
 
 def test_the_same_file_under_torchrun_and_under_elasticd_computes_the_same(tmp_path: Path) -> None:

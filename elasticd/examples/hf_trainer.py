@@ -11,9 +11,11 @@ world of another size, other samples make a step (a Session's step is the same o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +59,14 @@ class Plain(TrainerCallback):  # type: ignore[misc]
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """Trainer writes its state last of all: a checkpoint without it was cut off by a kill, and is passed over."""
+    """A checkpoint that was cut off by a kill is passed over. Trainer's state is what rank 0 writes last; a rank that was
+    killed may not have come to the end of its own file, which is an archive, and ends in its index.
+    """
     whole = []
     for path in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            whole.append((json.loads(path.read_text())["global_step"], str(path.parent)))
-        except ValueError:
-            continue
+        if all(map(zipfile.is_zipfile, path.parent.glob("rng_state*.pth"))):
+            with contextlib.suppress(ValueError):
+                whole.append((json.loads(path.read_text())["global_step"], str(path.parent)))
     return max(whole)[1] if whole else None
 
 
