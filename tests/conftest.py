@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -16,6 +17,12 @@ from elasticd.testing.hosts import why_not_namespaces
 #: Whether the test's own part passed, for fixtures that judge it afterwards.
 PASSED = pytest.StashKey[bool]()
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def pytest_configure() -> None:
+    """Programs that tests start hear signals as usual, even where a shell started the tests in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True)

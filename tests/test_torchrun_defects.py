@@ -62,8 +62,12 @@ class Nodes:
         return [self.world(node)["size"] for node in range(len(self.processes))]
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        logs = [path.read_text()[-500:] for path in sorted(self.folder.glob("*.log"))]
-        eventually(condition, PATIENCE_S, f"{what}; worlds {self.sizes()}; {logs}")
+        try:
+            eventually(condition, PATIENCE_S, what)
+        except AssertionError as error:
+            for path in sorted(self.folder.iterdir()):
+                error.add_note(f"{path.name}: {path.read_text()[-1000:]}")
+            raise
 
     def kill(self, node: int) -> None:
         self.processes[node].kill()

@@ -123,10 +123,10 @@ def test_a_node_that_is_cut_off_is_fenced_and_rejoins(drill: Drill) -> None:
     step = drill.survivors_step(at, without=node)
     print(f"from the cut to a step: {step.t - at:.3f} s")
     drill.wait_event("store_lost", node=node, since=at)
+    healing_at = time.monotonic()
     fault.heal(drill.cluster)
-    healed_at = time.monotonic()
-    drill.pauses.append(Pause(node=drill.nodes[node], start=at, end=healed_at))
-    drill.wait_event("fenced", node=node, since=healed_at)
+    drill.pauses.append(Pause(node=drill.nodes[node], start=at, end=time.monotonic()))
+    drill.wait_event("fenced", node=node, since=healing_at)
     goes_on(drill, at)
 
 
@@ -136,10 +136,10 @@ def test_a_frozen_node_is_fenced_and_rejoins(drill: Drill) -> None:
     at = apply(fault, drill)
     step = drill.survivors_step(at, without=node)
     print(f"from the freeze to a step: {step.t - at:.3f} s")
+    healing_at = time.monotonic()
     fault.heal(drill.cluster)
-    healed_at = time.monotonic()
-    drill.pauses.append(Pause(node=drill.nodes[node], start=at, end=healed_at))
-    drill.wait_event("fenced", node=node, since=healed_at)
+    drill.pauses.append(Pause(node=drill.nodes[node], start=at, end=time.monotonic()))
+    drill.wait_event("fenced", node=node, since=healing_at)
     goes_on(drill, at)
 
 

@@ -40,6 +40,9 @@ def test_a_tensor_parallel_job_on_three_nodes_survives_the_loss_of_one(tmp_path:
     run_world(1, byte_gpt, *TRAINING, "--ledger", str(alone))
     for line in ledger(alone):
         again = [other for other in found if other["step"] == line["step"]]
-        assert [other["ids"] for other in again if other["ids"]].count(line["ids"]) == len(again) / 2
+        counted = [(other["round"], other["ids"]) for other in again if other["ids"]]  # by one rank of the replica
+        # Once in a round. A rank that was killed may not have written its line of a step that the other one did.
+        assert counted
+        assert counted == [(number, line["ids"]) for number in sorted({other["round"] for other in again})[-len(counted):]]
         for other in again:
             assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
