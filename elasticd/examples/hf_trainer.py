@@ -59,8 +59,8 @@ class Plain(TrainerCallback):  # type: ignore[misc]
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """A checkpoint that was cut off by a kill is passed over. Trainer's state is what rank 0 writes last; a rank that was
-    killed may not have come to the end of its own file, which is an archive, and ends in its index.
+    """A checkpoint that was cut off by a kill is passed over. Trainer's state is what rank 0 writes last; a rank that
+    was killed may not have come to the end of its own file, which is an archive, and ends in its index.
     """
     whole = []
     for path in folder.glob("checkpoint-*/trainer_state.json"):
