@@ -22,6 +22,7 @@ from typing import Any
 import click
 
 from elasticd.cluster.embedded import EmbeddedEtcd
+from elasticd.commands.run_flags import parse_plain
 from elasticd.config import DaemonConfig, LaunchOptions, config_for_run, load_daemon
 from elasticd.core.model import JobId, JobSpec, Topology
 from elasticd.daemon.main import configure_logging, run_job
@@ -33,7 +34,7 @@ DEFAULT_STOP_TIMEOUT_S = 5.0
 
 def run_command(arguments: Sequence[str]) -> int:
     """The exit status: the job's (0 or 1), or the parser's own."""
-    status, asked = parse_apart(arguments)
+    status, asked = parse(arguments)
     if asked is None:
         return status
     configure_logging(asked["log_level"] or os.environ.get("ELASTICD_LOG_LEVEL", "WARNING"), world_changes=True)
@@ -46,6 +47,12 @@ def run_command(arguments: Sequence[str]) -> int:
             return run_job(_config(asked, endpoints, folder), spec, _launch(asked))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def parse(arguments: Sequence[str]) -> tuple[int, dict[str, Any] | None]:
+    """As ``parse_apart``, and at once where that can be."""
+    asked = parse_plain(arguments, os.environ)
+    return parse_apart(arguments) if asked is None else (0, asked)
 
 
 def parse_apart(arguments: Sequence[str]) -> tuple[int, dict[str, Any] | None]:

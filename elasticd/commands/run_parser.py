@@ -1,7 +1,8 @@
 """torchrun's own parser, extended; run as a program of its own, since it imports torch and the daemon must not.
 
 ``python -m elasticd.commands.run_parser FD ARGUMENTS...`` writes what was asked for to FD as one JSON object, or
-``{"error": ...}``. ``--help`` and unknown flags end it as argparse does. Not here: what is done with it (run.py).
+``{"error": ...}``. ``--help`` and unknown flags end it as argparse does. Not here: the command lines that need no torch
+(run_flags.py), what is done with it (run.py).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 from torch.distributed.run import determine_local_world_size, get_args_parser, parse_min_max_nnodes
 
+from elasticd.commands.run_flags import add_own_flags, check
 from elasticd.errors import ConfigError
-from elasticd.job_file import check_replicas
 
 _EPILOG = (
     "torchrun's flags, with these differences: --rdzv-endpoint is etcd's (several: comma-separated; without one, an "
@@ -35,23 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
             action.choices, action.help = ["warm", "spawn", "fork", "forkserver"], "How workers start (default: warm)."
     if "PET_START_METHOD" not in os.environ:
         parser.set_defaults(start_method="warm")
-    own = parser.add_argument_group("elasticd")
-    own.add_argument("--config", default="", help="TOML file for [etcd], [links], [metrics], [detection]")
-    own.add_argument("--node-id", default="", help="this node's name in the cluster (default: host name and a suffix)")
-    for level in ("zone", "rack", "switch"):
-        own.add_argument(f"--{level}", default="", help=f"the {level} this node is in, for the order of ranks")
-    own.add_argument("--spares", type=int, default=1, help="nodes above the maximum that are kept warm (default 1)")
-    own.add_argument(
-        "--ranks-per-replica", type=int, default=1, help="the world is a multiple of this; the other nodes are spares"
-    )
-    own.add_argument("--boundary-timeout", type=float, default=30.0, help="seconds to wait for a step boundary")
-    own.add_argument(
-        "--memory-bytes",
-        type=int,
-        default=None,
-        help="how much memory copies of the workers' state may take here (default: a quarter of it; 0: none)",
-    )
-    own.add_argument("--log-level", default="", help="DEBUG, INFO, WARNING (default) or ERROR")
+    add_own_flags(parser)
     return parser
 
 
@@ -62,23 +47,12 @@ def parse(arguments: list[str]) -> dict[str, Any]:
         plain["min_nodes"], plain["max_nodes"] = parse_min_max_nnodes(plain["nnodes"])
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"--nnodes {plain['nnodes']!r} is neither N nor MIN:MAX") from error
-    if not 1 <= plain["min_nodes"] <= plain["max_nodes"]:
-        raise ConfigError(f"--nnodes {plain['nnodes']}: the minimum is above the maximum, or below 1")
-    if plain["memory_bytes"] is not None and plain["memory_bytes"] < 0:
-        raise ConfigError("--memory-bytes must not be negative")
-    if plain["max_restarts"] < 0:
-        raise ConfigError("--max-restarts must not be negative")
     try:
         plain["nproc"] = determine_local_world_size(plain["nproc_per_node"])
     except ValueError as error:
         raise ConfigError(f"--nproc-per-node {plain['nproc_per_node']}: {error}") from error
-    if plain["nproc"] < 1:
-        raise ConfigError(f"--nproc-per-node {plain['nproc_per_node']}: at least one worker is needed")
-    if plain["ranks_per_replica"] < 1:
-        raise ConfigError("--ranks-per-replica must be at least 1")
-    if plain["max_nodes"] == 1:  # of others nothing is known here: they may have other numbers of ranks
-        check_replicas("--ranks-per-replica: ", plain["ranks_per_replica"], plain["nproc"], 1, 1)
     _check_streams(plain)
+    check(plain)
     _check_script(plain)
     return plain
 
