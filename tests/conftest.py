@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -55,6 +57,13 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def open_to_all(folder: Path) -> None:
+    """pytest's folders are the user's own: other users may read in here from now on."""
+    above = folder.relative_to(Path(tempfile.gettempdir()).resolve()).parents
+    for each in (folder, *(Path(tempfile.gettempdir(), part) for part in list(above)[:-1])):
+        each.chmod(0o755)
 
 
 @pytest.fixture

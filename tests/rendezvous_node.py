@@ -1,6 +1,6 @@
 """One node as torch's agent drives a rendezvous handler, without workers: ``BACKEND ENDPOINT RUN_ID ADDRESS FOLDER``.
 
-Joins, and joins again when the handler says that nodes wait, or when ``FOLDER/workers-fail-in-3`` appears while it
+Joins once there is ``FOLDER/go``, and joins again when the handler says that nodes wait, or when ``FOLDER/workers-fail-in-3`` appears while it
 counts itself in a world of three. Every change of what it knows is a JSON line in ``FOLDER/<ADDRESS>.jsonl``.
 """
 
@@ -29,6 +29,9 @@ def main() -> None:
     )
     fault = Path(folder, "workers-fail-in-3")
     with Path(folder, f"{address}.jsonl").open("w", buffering=1) as out:
+        say(out, event="ready")
+        while not Path(folder, "go").exists():
+            time.sleep(POLL_S)
         world_size = join(handler, out)
         known = (0, -1)
         while True:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from elasticd.testing.cluster import Cluster, ClusterSpec
-from tests.conftest import eventually
+from tests.conftest import eventually, open_to_all
 
 PATIENCE_S = 60.0
 
@@ -285,9 +285,7 @@ def test_a_job_s_environment_and_user_reach_its_workers(tmp_path: Path) -> None:
     )
     root = os.geteuid() == 0
     user = "nobody" if root else getpass_user()
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        if root:
-            folder.chmod(0o755)
+    open_to_all(tmp_path)
     with Cluster(ClusterSpec(nodes=1, isolated=False)) as cluster:
         log_dir = tmp_path / "log"
         fields = {"env": {"COLOUR": "green"}, "log_dir": str(log_dir), "max_restarts": 0}

@@ -1,4 +1,4 @@
-"""Four defects of torchrun 2.13 that elasticd must not have: each is shown on torchrun, then the same fault on elasticd.
+"""Five defects of torchrun 2.13 that elasticd must not have: each is shown on torchrun, then the same fault on elasticd.
 
 The first by the same script under both commands. The others are torch's rendezvous alone: processes that drive a
 handler as torch's agent does (rendezvous_node.py), with the c10d backend and with elasticd's. A test of the c10d half
@@ -47,6 +47,13 @@ class Nodes:
             command = [sys.executable, str(_NODE), self.backend, self.endpoint, "job", address, str(self.folder)]
             with (self.folder / f"{address}.log").open("wb") as log:
                 self.processes.append(subprocess.Popen(command, stdout=log, stderr=log))
+
+    def meet(self, count: int) -> None:
+        """So many at once: their imports are done, so that the first round takes them all (see the last defect)."""
+        self.start(count)
+        self.wait(lambda: all(self.lines(node, "ready") for node in range(count)), "all imports")
+        (self.folder / "go").touch()
+        self.wait(lambda: self.sizes() == [count] * count, f"a world of {count}")
 
     def lines(self, node: int, event: str) -> list[dict]:
         file = self.folder / f"127.0.0.{11 + node}.jsonl"
@@ -153,8 +160,7 @@ def test_defect_1_a_restart_meets_the_keys_of_the_life_before(
 
 def lose_rank_0(nodes: Nodes) -> tuple[dict, dict]:
     """The worlds of the two survivors after their workers have failed."""
-    nodes.start(3)
-    nodes.wait(lambda: nodes.sizes() == [3, 3, 3], "a world of three")
+    nodes.meet(3)
     first = next(node for node in range(3) if nodes.world(node)["rank"] == 0)
     nodes.kill(first)
     (nodes.folder / "workers-fail-in-3").touch()
@@ -181,8 +187,7 @@ def test_defect_2_survivors_keep_the_lost_store_elasticd(elasticd: Nodes) -> Non
 
 
 def lose_one(nodes: Nodes) -> None:
-    nodes.start(3)
-    nodes.wait(lambda: nodes.sizes() == [3, 3, 3], "a world of three")
+    nodes.meet(3)
     last = next(node for node in range(3) if nodes.world(node)["rank"] == 2)
     nodes.kill(last)
 
@@ -208,8 +213,7 @@ def test_defect_3_a_lost_node_alone_changes_nothing_elasticd(elasticd: Nodes) ->
 
 def pause_and_join(nodes: Nodes) -> float:
     """When the pause began."""
-    nodes.start(3)
-    nodes.wait(lambda: nodes.sizes() == [3, 3, 3], "a world of three")
+    nodes.meet(3)
     paused_at = time.monotonic()
     nodes.pause_coordination()
     nodes.start()
@@ -231,3 +235,27 @@ def test_defect_4_a_pause_splits_the_job_elasticd(elasticd: Nodes) -> None:
     assert len({elasticd.world(node)["master"] for node in range(4)}) == 1
     later = [line for node in range(4) for line in elasticd.lines(node, "world") if line["t"] > paused_at]
     assert {line["size"] for line in later} == {4}, "nobody was ever put out, or alone"
+
+
+# --- 5: a node joins a world whose first node stays ---
+
+
+def join_later(nodes: Nodes) -> None:
+    nodes.meet(2)
+    nodes.start()
+    nodes.wait(lambda: nodes.sizes()[:2] == [3, 3], "those who were there count three")
+
+
+def test_defect_5_who_joins_later_is_not_told_the_store_torchrun(c10d: Nodes) -> None:
+    """It waits for an address that rank 0 has written in the first round only, until the store's time-out (60 s)."""
+    join_later(c10d)
+    joined_at = time.monotonic()
+    eventually(lambda: time.monotonic() > joined_at + 3.0, what="time enough to read a key")
+    assert c10d.sizes() == [3, 3, 0]
+
+
+def test_defect_5_who_joins_later_is_not_told_the_store_elasticd(elasticd: Nodes) -> None:
+    join_later(elasticd)
+    elasticd.wait(lambda: elasticd.sizes() == [3, 3, 3], "one world of all")
+    assert len({elasticd.world(node)["master"] for node in range(3)}) == 1
+    assert all(elasticd.world(node)["answers"] for node in range(3))

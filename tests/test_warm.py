@@ -17,7 +17,7 @@ import pytest
 from elasticd.channel import Channel
 from elasticd.errors import ChannelClosed, OperatorError
 from elasticd.supervisor.warm_client import WarmServer
-from tests.conftest import eventually
+from tests.conftest import eventually, open_to_all
 from tests.warm_forks import PATIENCE_S, Forks, alive, forks, script
 
 
@@ -444,8 +444,7 @@ def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_a_job_s_user_runs_it_without_the_daemon_s_privileges(warm: Forks, tmp_path: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     nobody = pwd.getpwnam("nobody")
     main = script(
         tmp_path,
