@@ -10,7 +10,7 @@ import pytest
 
 from elasticd.bench import __main__ as bench
 from elasticd.bench import checkpoint, memory
-from elasticd.bench.balance import BEFORE, SETTLING, percent_missing, read_release, read_run
+from elasticd.bench.balance import AS_GOOD, BEFORE, lost_to_unevenness, read_release, read_settling, read_turns
 from elasticd.bench.compression import WARM_UP, WINDOW, curve_distance, noise_of, read_steps
 from elasticd.bench.figures import ELASTICD, TUNED, Figure, Goal, all_hold
 from elasticd.bench.idle import Usage, all_linked, cpu_percent
@@ -149,34 +149,52 @@ def test_costs_are_medians_over_turns_of_both_ways() -> None:
         cost_of(lines, "exact", "plain")
 
 
-def test_shares_have_settled_when_they_no_longer_differ_by_more_than_one() -> None:
-    """Rank 1 is slowed down after step 6; steps of half a second, and of a quarter once shares are right."""
-    shares = [12] * 10 + [15, 16, 17, 16] + [16] * 15
+def test_shares_have_settled_when_they_no_longer_differ_by_more_than_chance() -> None:
+    """Rank 1 is slowed down after step 6."""
+    shares = [12] * 10 + [20 - AS_GOOD, 20, 20 + AS_GOOD, 20] + [20] * 15
     times = [0.5 * step for step in range(10)] + [5.0 + 0.25 * step for step in range(len(shares) - 10)]
     lines = [
-        {"t": t, "rank": rank, "step": step, "share": share if rank == 0 else 24 - share}
+        {"t": t, "rank": rank, "step": step, "share": share if rank == 0 else 30 - share}
         for step, (t, share) in enumerate(zip(times, shares, strict=True), start=1)
         for rank in (1, 0)
     ]
-    slowed_at = times[BEFORE - 1] + 0.01
-    run = read_run(lines, slowed_at)
-    assert run.settled_after == 10 - BEFORE
-    assert run.steps_per_second == pytest.approx(4)
-    with pytest.raises(ValueError, match="only 12 steps after"):
-        read_run(lines[: 2 * (BEFORE + SETTLING)], slowed_at)
+    assert read_settling(lines, times[BEFORE - 1] + 0.01) == (10 - BEFORE, 20)
 
 
 def test_shares_that_have_not_followed_a_node_that_is_fast_again_are_no_figure() -> None:
-    shares = [16, 16, 15, 12, 12, 12]
+    shares = [26, 26, 25, 12, 12, 12]
     lines = [{"t": float(step), "rank": 0, "step": step, "share": share} for step, share in enumerate(shares)]
-    assert read_release(lines, released_at=0.5, slow_share=16) == 2
+    assert read_release(lines, released_at=0.5, slow_share=26) == 2
     with pytest.raises(ValueError, match="not followed in 2 steps"):
-        read_release(lines[:3], released_at=0.5, slow_share=15)
+        read_release(lines[:3], released_at=0.5, slow_share=25)
 
 
-def test_what_two_nodes_reach_is_held_against_the_sum_of_both() -> None:
-    assert percent_missing(1.5, [1.0, 0.5]) == 0
-    assert percent_missing(1.0, [1.0, 0.5]) == pytest.approx(100 / 3)
+def test_what_two_nodes_reach_is_held_against_the_sum_of_both_before_and_after() -> None:
+    """Ten micro-batches a step: turns of a step that is not timed, and two of a second; the first and the last line of
+    a turn say what each node does by itself, which changes in the second turn."""
+    ends_at = [0.0, 9.0, 10.0, 11.0, 29.0, 30.0, 31.0]
+    alone = {0: (5.0, 5.0), 3: (5.0, 5.0), 6: (7.0, 8.0)}
+    lines = [
+        {"t": t, "rank": rank, "step": step, **({"alone": [1 / alone[step][rank]] * 9} if step in alone else {})}
+        for step, t in enumerate(ends_at)
+        for rank in (1, 0)
+    ]
+    assert read_turns(lines, micro_batches=10) == pytest.approx([0, 20])
+    with pytest.raises(ValueError, match="1 times: no turn"):
+        read_turns(lines[:4], micro_batches=10)
+
+
+def test_a_step_waits_for_whoever_is_slow_just_then() -> None:
+    """One node takes 9 or 11 s for its two micro-batches, the other one always 3 s for its own. What is left over of
+    a time by itself, and no whole share, does not count."""
+    lines: list[dict] = [
+        {"rank": 0, "step": 1, "share": 2, "alone": [4.5, 4.5, 6.0, 5.0, 99.0]},
+        {"rank": 1, "step": 1, "share": 1, "alone": [3.0, 3.0]},
+        {"rank": 0, "step": 2, "share": 2},
+        {"rank": 1, "step": 2, "share": 1},
+    ]
+    assert lost_to_unevenness(lines) == pytest.approx(100 * (1 - 1 / 1.05))
+    assert lost_to_unevenness([*lines[1:2], {**lines[1], "rank": 0}]) == 0
 
 
 def test_a_slower_run_has_lost_and_a_faster_one_has_won() -> None:

@@ -33,7 +33,7 @@ EXAMPLES = {
         ["--save-every", str(SAVE_EVERY), "--progress-seconds", "0.3", "--step-seconds", "0.02", "--checkpoint-dir"],
         "accuracy",
     ),
-    "hf_trainer": (["--steps", "160", "--output-dir"], "done at step 160"),
+    "hf_trainer": (["--steps", "100", "--output-dir"], "done at step 100"),
     "lightning_ddp": (["--steps", "600", "--checkpoint-dir"], "accuracy"),
 }
 

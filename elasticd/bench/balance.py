@@ -1,11 +1,13 @@
 """Two nodes, one of which slows down to half its CPU: how much of what both can do is reached, and how soon.
 
-The same training (balance_train.py) three times: on both nodes, each for itself; on both by a Session; and on both by
-plain DDP, which divides a step equally. A sample is what is missing to the sum of the two for themselves, in per cent.
-Those run at the same time too: two virtual processors share a core, or at least its memory, and so each is faster while
-the other is idle. The slow node is held back by its control group once some steps are done: how many steps it takes
-until shares have settled is counted from there, and the speed is that of the steps afterwards. Then the Session's node
-is let go again, and the steps until shares have followed are counted once more.
+The same training (balance_train.py) by a Session and by plain DDP, which divides a step equally. The slow node is held
+back by its control group once some steps are done: how many steps it takes until shares have settled is counted from
+there. Then nodes take turns: some steps together, and a while in which each trains by itself, both at the same time,
+since two virtual processors share a core, or at least its memory. A sample is what a turn misses to the sum of both by
+themselves just before and after it, in per cent: the speed of a rented machine drifts by a tenth within a minute. It
+also varies from second to second, and a step waits for whoever is slow just then: what that alone must cost is computed
+from how unevenly each node trains by itself. Then the Session's node is let go again, and the steps until shares have
+followed are counted once more.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import elasticd.bench
@@ -33,60 +37,74 @@ from elasticd.testing.hosts import Host, open_hosts
 SCRIPT = Path(elasticd.bench.__file__).with_name("balance_train.py")
 PLAIN = "plain DDP"
 FAST, SLOW, NO_LIMIT = 1.0, 0.5, 0.0
-#: Shares are whole numbers. Of 24 the best would lose 3.7 % where the slow node comes to 0.47 of the fast one's speed.
-MICRO_BATCHES = 48
-STEPS, QUICK_STEPS = 20, 8
+#: A step of some three seconds. Shares are whole numbers: of 24 the best would lose 3.7 % where the slow node comes to
+#: 0.47 of the fast one's speed. And what a step has once (the exchange, the optimizer) took 1.8 % of one with 48 here.
+MICRO_BATCHES = 96
 #: Of the slow node's quota. A node that has used its quota up when gradients are to be exchanged holds all others up
 #: until the next period: half of the kernel's usual 0.1 s would be 5 % of a step here, and that is the quota's, not
 #: the slow processor's that it stands for.
 PERIOD_S = 0.01
-#: Done before a node is slowed down, and left out of the speed afterwards, whatever happens in them.
-BEFORE, SETTLING = 6, 12
-#: A node for itself settles at once.
-SETTLING_ALONE = 2
+#: Shares that differ by no more than this are equally good, and chance decides between them: they make a step longer by
+#: less than what Session changes shares for (core/balance.py, WORTHWHILE).
+AS_GOOD = 2
+#: Done before a node is slowed down, and afterwards until shares must have settled, by a wide margin.
+BEFORE, SETTLING = 6, 14
+#: In a turn the first step is not timed: nodes do not end their time by themselves at the same moment.
+TURNS, QUICK_TURNS, TURN_STEPS, ALONE_S = 6, 1, 5, 8.0
 PORT = 29511
-RUN_TIMEOUT_S = 240.0
+RUN_TIMEOUT_S = 600.0
 
 
 #: The lines of each ledger, and when the nodes' speed was changed.
 Trained = tuple[list[dict[str, Any]], list[float]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """``steps_per_second`` once shares should have settled; ``settled_after``: the steps that they took to.
+def read_turns(lines: Sequence[dict[str, Any]], micro_batches: int) -> list[float]:
+    """Of each turn, what is missing to the sum of all, each for itself before and after it. Pure.
 
-    ``last_share``: the micro-batches of rank 0 in the last step.
+    ValueError when there is no whole turn.
     """
+    ended_at = {line["step"]: line["t"] for line in lines if line["rank"] == 0}
+    alone: dict[int, float] = {}
+    for line in lines:
+        if "alone" in line:
+            alone[line["step"]] = alone.get(line["step"], 0.0) + len(line["alone"]) / sum(line["alone"])
+    missing = []
+    for before, after in pairwise(sorted(alone)):
+        steps = after - (before + 1)
+        together = micro_batches * steps / (ended_at[after] - ended_at[before + 1])
+        missing.append(100 * (1 - together / fmean([alone[before], alone[after]])))
+    if not missing:
+        raise ValueError(f"nodes were by themselves {len(alone)} times: no turn between")
+    return missing
 
-    steps_per_second: float
-    settled_after: int
-    last_share: int
 
+def lost_to_unevenness(lines: Sequence[dict[str, Any]]) -> float:
+    """What must be missing, in per cent, as nodes that train by themselves do not take the same time for as many
+    micro-batches as they have in a step. Pure.
 
-def percent_missing(reached: float, alone: Sequence[float]) -> float:
-    """What of the sum of all, each for itself, is not reached, in per cent. Pure."""
-    return 100 * (1 - reached / sum(alone))
-
-
-def read_run(lines: Sequence[dict[str, Any]], slowed_at: float, settling: int = SETTLING) -> Run:
-    """From rank 0's lines, for a node that was slowed down at that time. Pure.
-
-    ValueError when there are too few steps. Shares that differ by one from those at the end have settled: between two
-    that are equally good, chance decides.
+    For each node, how long its share would have taken, time after time, in parts of its mean. The step of each
+    combination takes as long as the longest.
     """
-    own = sorted((line for line in lines if line["rank"] == 0), key=lambda line: line["step"])
-    after = [line for line in own if line["t"] > slowed_at]
-    judged = after[settling:]
-    if len(judged) < 2:
-        raise ValueError(f"only {len(after)} steps after the node was slowed down")
-    speed = (len(judged) - 1) / (judged[-1]["t"] - judged[0]["t"])
-    return Run(steps_per_second=speed, settled_after=steps_to_settle(after), last_share=after[-1]["share"])
+    parts: dict[int, list[float]] = {}
+    for line in lines:
+        took, share = line.get("alone", []), line["share"]
+        lasts = [sum(took[first : first + share]) for first in range(0, len(took) - share + 1, share)]
+        parts.setdefault(line["rank"], []).extend(lasts)
+    relative = [[each / fmean(of) for each in of] for of in parts.values()]
+    return 100 * (1 - 1 / fmean(map(max, product(*relative))))
+
+
+def read_settling(lines: Sequence[dict[str, Any]], slowed_at: float) -> tuple[int, int]:
+    """From rank 0's lines, for a node that was slowed down at that time: how many steps until shares had settled, and
+    its own share then. Pure."""
+    after = sorted((line for line in lines if line["rank"] == 0 and line["t"] > slowed_at), key=lambda x: x["step"])
+    return steps_to_settle(after), after[-1]["share"]
 
 
 def steps_to_settle(own: Sequence[dict[str, Any]]) -> int:
     """Of one rank's lines since a change, how many have another share than at their end. Pure."""
-    away = [number for number, line in enumerate(own, start=1) if abs(line["share"] - own[-1]["share"]) > 1]
+    away = [number for number, line in enumerate(own, start=1) if abs(line["share"] - own[-1]["share"]) > AS_GOOD]
     return max(away, default=0)
 
 
@@ -102,24 +120,26 @@ def read_release(lines: Sequence[dict[str, Any]], released_at: float, slow_share
 
 
 def measure(options: Options) -> list[Figure]:
-    steps = QUICK_STEPS if options.quick else STEPS
+    turns = QUICK_TURNS if options.quick else TURNS
     missing: dict[str, list[float]] = {ELASTICD: [], PLAIN: []}
-    settled, released = list[float](), list[float]()
+    uneven, settled, released = list[float](), list[float](), list[float]()
     for _ in range(options.ours(2)):
-        alone = [each.steps_per_second for each in run_apart("session", (FAST, SLOW), steps)]
-        ours, after_release = run_and_release((FAST, SLOW), steps)
-        for system, both in ((ELASTICD, ours), (PLAIN, run("plain", (FAST, SLOW), steps))):
-            missing[system].append(percent_missing(both.steps_per_second, alone))
+        ours = run("session", turns)
+        missing[ELASTICD] += ours.missing_percent
+        uneven.append(ours.uneven_percent)
         settled.append(float(ours.settled_after))
-        released.append(float(after_release))
-        told = ", ".join(f"{system} {values[-1]:.1f} % missing" for system, values in missing.items())
+        released.append(float(ours.followed_after))
+        missing[PLAIN] += run("plain", QUICK_TURNS).missing_percent
+        told = ", ".join(f"{system} {median(values):.1f} % missing" for system, values in missing.items())
         settling = f"settled in {settled[-1]:.0f} steps, and in {released[-1]:.0f} when it is fast again"
-        options.say(f"apart {alone[0]:.2f} and {alone[1]:.2f} steps/s; {told}; {settling}")
+        turn_by_turn = " ".join(f"{each:.1f}" for each in ours.missing_percent)
+        options.say(f"{told}; {turn_by_turn} turn by turn, unevenness {uneven[-1]:.1f} %; {settling}")
     figure = partial(Figure, experiment="balance")
     what = "two nodes, one at half speed: missing to the sum of both"
     return [
         figure(what=what, system=ELASTICD, unit="%", samples=tuple(missing[ELASTICD]), goal=Goal(at_most=3.0)),
         figure(what=what, system=PLAIN, unit="%", samples=tuple(missing[PLAIN])),
+        figure(what="... what their own unevenness must cost", system="this machine", unit="%", samples=tuple(uneven)),
         *(
             figure(what=what, system=ELASTICD, unit="steps", samples=tuple(found), goal=Goal(at_most=10, of="max"))
             for what, found in (
@@ -130,21 +150,35 @@ def measure(options: Options) -> list[Figure]:
     ]
 
 
-def run(way: str, fractions: Sequence[float], steps: int) -> Run:
-    """One rank on each node; those with a fraction below one are slowed down once the first steps are done.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """``missing_percent`` of each turn; the steps until shares had settled at first, and after the release."""
 
-    ``steps``: those whose speed is taken, after all has settled.
-    """
-    lines, (slowed_at,) = train(way, fractions, BEFORE + SETTLING + steps)
-    return read_run(lines, slowed_at)
+    missing_percent: list[float]
+    uneven_percent: float
+    settled_after: int
+    followed_after: int
 
 
-def run_and_release(fractions: Sequence[float], steps: int) -> tuple[Run, int]:
-    """The same by a Session, whose slow nodes are let go after that; the steps until shares have settled once more."""
-    release_after = BEFORE + SETTLING + steps
-    lines, (slowed_at, released_at) = train("session", fractions, release_after + SETTLING, release_after=release_after)
-    held = read_run([line for line in lines if line["t"] < released_at], slowed_at)
-    return held, read_release(lines, released_at, held.last_share)
+def run(way: str, turns: int) -> Run:
+    """By plain DDP, which has nothing to settle, without the release."""
+    first = BEFORE + SETTLING
+    alone_after = range(first, first + turns * TURN_STEPS + 1, TURN_STEPS)
+    release_after = alone_after[-1] + 1 if way == "session" else None
+    lines, changed_at = train(
+        way,
+        (FAST, SLOW),
+        alone_after[-1] + (SETTLING if release_after else 0),
+        release_after=release_after,
+        alone_after=alone_after,
+    )
+    settled_after, slow_share = read_settling([line for line in lines if line["step"] <= first], changed_at[0])
+    return Run(
+        missing_percent=read_turns(lines, MICRO_BATCHES),
+        uneven_percent=lost_to_unevenness(lines),
+        settled_after=settled_after,
+        followed_after=read_release(lines, changed_at[1], slow_share) if release_after else 0,
+    )
 
 
 def train(
@@ -153,45 +187,26 @@ def train(
     steps: int,
     micro_batches: int = MICRO_BATCHES,
     release_after: int | None = None,
+    alone_after: Sequence[int] = (),
 ) -> Trained:
-    """The lines of all ranks. Nodes with a fraction below one are slowed down after the first steps, and let go after
-    ``release_after`` of them."""
+    """The lines of all ranks, one on each node. Nodes with a fraction below one are slowed down after the first steps,
+    and let go after ``release_after`` of them. After those of ``alone_after`` each node trains by itself for a while.
+    """
     with _folder() as folder, open_hosts() as hosts:
         nodes = [hosts.add(f"node{rank}") for rank in range(len(fractions))]
         ledger, ranks = folder / "ledger.jsonl", []
         for rank, node in enumerate(nodes):
             env = _environment(nodes[0], node, rank, len(nodes))
-            ranks.append(_start(node, folder, _command(way, steps, micro_batches, ledger), env))
+            command = [
+                *(sys.executable, str(SCRIPT), "--way", way, "--steps", str(steps)),
+                *("--micro-batches", str(micro_batches), "--ledger", str(ledger), "--alone-seconds", str(ALONE_S)),
+                *("--alone-after", *map(str, alone_after)),
+            ]
+            ranks.append(node.spawn(command, log=folder / f"{node.name}.log", env=env))
         at = [(BEFORE, fractions)]
         if release_after is not None:
             at.append((release_after, [FAST] * len(fractions)))
-        lines, changed_at = _train(nodes, ranks, at, folder, [ledger])
-        return lines[ledger], changed_at
-
-
-def run_apart(way: str, fractions: Sequence[float], steps: int) -> list[Run]:
-    """The same, but each node is a world of its own: nothing is exchanged. The slowest takes ``steps`` of them."""
-    with _folder() as folder, open_hosts() as hosts:
-        nodes = [hosts.add(f"node{number}") for number in range(len(fractions))]
-        ledgers = [folder / f"ledger{number}.jsonl" for number in range(len(fractions))]
-        ranks = []
-        for node, fraction, ledger in zip(nodes, fractions, ledgers, strict=True):
-            count = BEFORE + SETTLING_ALONE + round(steps * fraction / min(fractions))  # so that all end together
-            command = _command(way, count, MICRO_BATCHES, ledger)
-            ranks.append(_start(node, folder, command, _environment(node, node, 0, 1)))
-        lines, (slowed_at,) = _train(nodes, ranks, [(BEFORE, fractions)], folder, ledgers)
-        return [read_run(lines[ledger], slowed_at, SETTLING_ALONE) for ledger in ledgers]
-
-
-def _command(way: str, steps: int, micro_batches: int, ledger: Path) -> list[str]:
-    return [
-        *(sys.executable, str(SCRIPT), "--way", way, "--steps", str(steps)),
-        *("--micro-batches", str(micro_batches), "--ledger", str(ledger)),
-    ]
-
-
-def _start(node: Host, folder: Path, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
-    return node.spawn(command, log=folder / f"{node.name}.log", env=env)
+        return _train(nodes, ranks, at, folder, ledger)
 
 
 def _train(
@@ -199,22 +214,17 @@ def _train(
     ranks: Sequence[subprocess.Popen[bytes]],
     changes: Sequence[tuple[int, Sequence[float]]],
     folder: Path,
-    ledgers: Sequence[Path],
-) -> tuple[dict[Path, list[dict[str, Any]]], list[float]]:
-    """To the end. Nodes get the fractions of each change once rank 0 of all ledgers has done so many steps.
-
-    The lines of each ledger, and when each change was made.
-    """
-    tails = {ledger: Tail() for ledger in ledgers}
-    lines: dict[Path, list[dict[str, Any]]] = {ledger: [] for ledger in ledgers}
+    ledger: Path,
+) -> Trained:
+    """To the end. Nodes get the fractions of each change once rank 0 has done so many steps."""
+    tail, lines = Tail(), list[dict[str, Any]]()
     deadline, changed_at = time.monotonic() + RUN_TIMEOUT_S, list[float]()
     try:
         for after, fractions in changes:
-            while any(len([line for line in of if line["rank"] == 0]) < after for of in lines.values()):
+            while len([line for line in lines if line["rank"] == 0]) < after:
                 _check(nodes, ranks, folder, deadline)
                 time.sleep(0.01)
-                for ledger, tail in tails.items():
-                    lines[ledger] += tail.read([ledger])
+                lines += tail.read([ledger])
             for node, fraction in zip(nodes, fractions, strict=True):
                 if fraction < FAST or changed_at:
                     node.slow(fraction if fraction < FAST else NO_LIMIT, PERIOD_S)
@@ -228,7 +238,7 @@ def _train(
         for node, process in zip(nodes, ranks, strict=True):
             node.kill()
             process.wait()
-    return {ledger: [*of, *tails[ledger].read([ledger])] for ledger, of in lines.items()}, changed_at
+    return [*lines, *tail.read([ledger])], changed_at
 
 
 @contextmanager

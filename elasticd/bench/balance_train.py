@@ -2,7 +2,7 @@
 
 All compute the same micro-batches of the same size, and exchange gradients once a step; plain DDP divides them
 equally. A line for each completed step, with all that this node has sent so far, as its kernel counts it and as the
-Session counts it.
+Session counts it. After some steps each rank trains a model of its own for a while, for what it can do by itself.
 """
 
 from __future__ import annotations
@@ -73,6 +73,33 @@ WAYS: dict[str, Callable[[int, int, Note], None]] = {
 }
 
 
+class Alone:
+    """The same training by this rank for itself: nothing is exchanged."""
+
+    def __init__(self, micro_batches: int) -> None:
+        self._micro_batches, self._done = micro_batches, 0
+        self._data = StandardLibrary(LENGTH)
+        self._model = ByteGPT(length=LENGTH)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-3)
+
+    def train(self, seconds: float) -> list[float]:
+        """For so long. The seconds of each micro-batch."""
+        took: list[float] = []
+        while sum(took) < seconds:
+            begun = time.monotonic()
+            first = self._done * SIZE % (len(self._data) - SIZE)
+            inputs, targets = (
+                torch.stack(part) for part in zip(*(self._data[first + k] for k in range(SIZE)), strict=True)
+            )
+            (loss_of(self._model(inputs), targets) / self._micro_batches).backward()  # type: ignore[no-untyped-call]
+            self._done += 1
+            if self._done % self._micro_batches == 0:
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+            took.append(time.monotonic() - begun)
+        return took
+
+
 def sent_bytes() -> int:
     """Through the interface that gloo uses, in this process's network namespace; 0 where it has no such name."""
     name = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
@@ -89,12 +116,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--micro-batches", type=int, required=True)
     parser.add_argument("--ledger", type=Path, required=True)
+    parser.add_argument("--alone-after", type=int, nargs="*", default=[], help="steps after which each is by itself")
+    parser.add_argument("--alone-seconds", type=float, default=0.0)
     asked = parser.parse_args()
+    alone = Alone(asked.micro_batches)
     with asked.ledger.open("a", buffering=1) as ledger:
 
         def note(rank: int, step: int, share: int, counted: int) -> None:
-            line = {"t": time.monotonic(), "rank": rank, "step": step, "share": share}
-            ledger.write(json.dumps(line | {"sent": sent_bytes(), "counted": counted}) + "\n")
+            line: dict[str, object] = {"t": time.monotonic(), "rank": rank, "step": step, "share": share}
+            line |= {"sent": sent_bytes(), "counted": counted}
+            if step in asked.alone_after:
+                line["alone"] = alone.train(asked.alone_seconds)
+            ledger.write(json.dumps(line) + "\n")
 
         WAYS[asked.way](asked.micro_batches, asked.steps, note)
 
