@@ -12,8 +12,8 @@ demo: $(VENV)/.ready ## three nodes, a real etcd, a byte GPT, two killed nodes; 
 
 # Drills need both processors of a small machine for themselves; the rest waits half of the time, for imports and the like.
 test: $(VENV)/.ready ## all of it; what a machine cannot do is skipped, and says why
-	$(PY) -m pytest tests/chaos
-	$(PY) -m pytest --ignore tests/chaos -n 2 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest tests/chaos; drills=$$?; \
+	$(PY) -m pytest --ignore tests/chaos -n 2 --dist loadfile --no-loadscope-reorder && exit $$drills
 
 test-fast: $(VENV)/.ready ## the core and what else needs seconds
 	$(PY) -m pytest -m "not net and not slow"
