@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -83,15 +83,15 @@ def lost_to_unevenness(lines: Sequence[dict[str, Any]]) -> float:
     """What must be missing, in per cent, as nodes that train by themselves do not take the same time for as many
     micro-batches as they have in a step. Pure.
 
-    For each node, how long its share would have taken, time after time, in parts of its mean. The step of each
+    For each node, how long its last share would have taken, time after time, in parts of their mean. The step of each
     combination takes as long as the longest.
     """
-    parts: dict[int, list[float]] = {}
-    for line in lines:
-        took, share = line.get("alone", []), line["share"]
+    relative = []
+    for rank in {line["rank"] for line in lines}:
+        own = [line for line in lines if line["rank"] == rank and "alone" in line]
+        took, share = list(chain.from_iterable(line["alone"] for line in own)), own[-1]["share"]
         lasts = [sum(took[first : first + share]) for first in range(0, len(took) - share + 1, share)]
-        parts.setdefault(line["rank"], []).extend(lasts)
-    relative = [[each / fmean(of) for each in of] for of in parts.values()]
+        relative.append([each / fmean(lasts) for each in lasts])
     return 100 * (1 - 1 / fmean(map(max, product(*relative))))
 
 
@@ -152,7 +152,8 @@ def measure(options: Options) -> list[Figure]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """``missing_percent`` of each turn; the steps until shares had settled at first, and after the release."""
+    """What each turn misses, and must miss as nodes are uneven; the steps until shares had settled at first, and after
+    the release."""
 
     missing_percent: list[float]
     uneven_percent: float
