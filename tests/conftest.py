@@ -22,9 +22,8 @@ IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 
 def pytest_configure() -> None:
-    """Programs that tests start hear signals as usual, even where a shell started the tests in the background."""
+    """Programs that tests start hear Ctrl-C as usual, even where a shell started the tests in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True)
