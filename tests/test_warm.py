@@ -140,6 +140,7 @@ def test_a_forked_worker_sees_what_a_new_interpreter_sees(warm: Forks, tmp_path:
         start_new_session=True,
         capture_output=True,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup: a worker ends with its daemon
     )
     forked, expected = json.loads(output), json.loads(plain.stdout)
     faults = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGBUS, signal.SIGILL}
