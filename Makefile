@@ -29,7 +29,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check elasticd tests dashboards
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.ready ## side by side with torchrun; about 45 minutes
+bench: $(VENV)/.ready ## side by side with torchrun; about an hour
 	$(PY) -m elasticd.bench
 
 clean:
