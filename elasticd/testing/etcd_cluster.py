@@ -59,8 +59,13 @@ class EtcdCluster:
         self._members[index].kill()
 
     def pause(self, index: int) -> None:
-        """SIGSTOP: it hangs, its connections stay open."""
+        """SIGSTOP: it hangs, its connections stay open. Returns once every thread of it has stopped: on a busy machine
+        one may still serve a request after the signal was sent.
+        """
         self._members[index].signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self._members[index].pid}/task")
+        while any(_state(task) not in "TX" for task in tasks.iterdir()):
+            time.sleep(0.001)
 
     def resume(self, index: int) -> None:
         self._members[index].signal(signal.SIGCONT)
@@ -169,3 +174,11 @@ class EtcdCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill_all()
+
+
+def _state(task: Path) -> str:
+    """Of a thread, as proc(5) has it: T for stopped; X for one that is gone."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
