@@ -1,7 +1,8 @@
 """One node as torch's agent drives a rendezvous handler, without workers: ``BACKEND ENDPOINT RUN_ID ADDRESS FOLDER``.
 
-Joins once there is ``FOLDER/go``, and joins again when the handler says that nodes wait, or when ``FOLDER/workers-fail-in-3`` appears while it
-counts itself in a world of three. Every change of what it knows is a JSON line in ``FOLDER/<ADDRESS>.jsonl``.
+Joins once there is ``FOLDER/go``, and again when the handler says that nodes wait, or when
+``FOLDER/workers-fail-in-3`` appears while it counts itself in a world of three. Every change of what it knows is a JSON
+line in ``FOLDER/<ADDRESS>.jsonl``.
 """
 
 from __future__ import annotations

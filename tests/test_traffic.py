@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from elasticd.worker.traffic import ring_bytes
 
 STEPS = 3
 #: What TCP and IP add to a segment, acknowledgements, and what ranks agree on in a step.
-MARGIN_OF_HEADERS, MARGIN_OF_A_STEP_BYTES = 1.06, 8_000
+MARGIN_OF_HEADERS, MARGIN_OF_A_STEP_BYTES = 1.01, 8_000
 
 
 def model_of() -> nn.Module:
@@ -98,11 +98,10 @@ def test_the_kernel_counts_the_same(namespaces: None, way: str) -> None:
     lines, _ = train_on_nodes(way, (FAST, FAST), steps=8, micro_batches=2)
     for rank in (0, 1):
         own = sorted((line for line in lines if line["rank"] == rank), key=lambda line: line["step"])[2:]
-        check(own[0], own[-1])
-
-
-def check(first: Mapping[str, Any], last: Mapping[str, Any]) -> None:
-    steps = last["step"] - first["step"]
-    ours, kernels = ((last[what] - first[what]) / steps for what in ("counted", "sent"))
-    assert ours > 100_000
-    assert ours <= kernels <= MARGIN_OF_HEADERS * ours + MARGIN_OF_A_STEP_BYTES
+        sent = [
+            tuple(later[what] - line[what] for what in ("counted", "sent"))
+            for line, later in itertools.pairwise(own)
+        ]
+        assert all(100_000 < ours <= kernels for ours, kernels in sent), sent
+        # TCP sends some of it again on a busy machine: not in every step.
+        assert any(kernels <= MARGIN_OF_HEADERS * ours + MARGIN_OF_A_STEP_BYTES for ours, kernels in sent), sent

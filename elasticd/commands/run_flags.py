@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from elasticd.errors import ConfigError
 from elasticd.job_file import check_replicas
 
-#: Of torchrun 2.13, as run_parser.py has them: those that are taken here, but for their names in the second spelling.
+#: torchrun 2.13's flags that are read here, and their defaults. It takes each with underscores, too.
 _TEXTS = {
     "--nnodes": "1:1",
     "--nproc-per-node": "1",

@@ -64,7 +64,7 @@ class EtcdCluster:
         """
         self._members[index].signal(signal.SIGSTOP)
         tasks = Path(f"/proc/{self._members[index].pid}/task")
-        while any(_state(task) not in "TX" for task in tasks.iterdir()):
+        while any(_state(task) not in "TXZ" for task in tasks.iterdir()):
             time.sleep(0.001)
 
     def resume(self, index: int) -> None:
@@ -177,7 +177,7 @@ class EtcdCluster:
 
 
 def _state(task: Path) -> str:
-    """Of a thread, as proc(5) has it: T for stopped; X for one that is gone."""
+    """Of a thread, as proc(5) has it: T for stopped; X or Z for one that has ended."""
     try:
         return (task / "stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
