@@ -129,6 +129,16 @@ def test_the_copy_out_of_a_gpu_is_into_pinned_memory_and_waits_for_the_kernels()
 # --- one save at a time ---
 
 
+def test_a_thread_that_saves_never_copies_ahead_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DCP would where there is CUDA, by the stream of the wrong device; here it would fail, since there is none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    saver = background(tmp_path)
+    saver.start(state_of(torch.ones(300_000)), 1)
+    assert saver.wait(30)
+    saver.save(state_of(torch.full((300_000,), 2.0)), 2)
+    assert [weight_of(storage.final_path(tmp_path, step, 1))[0].item() for step in (1, 2)] == [1.0, 2.0]
+
+
 def test_the_step_goes_on_while_it_is_written_and_what_is_written_is_the_copy(tmp_path: Path) -> None:
     gate = Gate()
     saver = background(tmp_path, gate)

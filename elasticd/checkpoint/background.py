@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elasticd.checkpoint.save import Saved, Saver
-from elasticd.checkpoint.staging import Staging
+from elasticd.checkpoint.staging import Staging, wait_for_device
 from elasticd.errors import SaveFailed
 
 
@@ -83,6 +83,7 @@ class BackgroundSaver:
         """Save it as it is, and return once it stands. SaveFailed when the storage refused."""
         started = time.monotonic()
         self.wait()
+        wait_for_device()
         ended: list[Saved | SaveFailed] = []
 
         def work() -> None:

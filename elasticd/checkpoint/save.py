@@ -257,7 +257,9 @@ class _Writer(FileSystemWriter):
         problem: Exception | None,
         confirm: Callable[[int], None] | None,
     ) -> None:
-        super().__init__(str(path), thread_count=1, sync_files=False, overwrite=False)
+        # No copying ahead: where there is CUDA, DCP would copy without waiting, and then wait for the stream of the
+        # calling thread's device. That is GPU 0 in a new thread, whichever the state is on: bytes of nothing are saved.
+        super().__init__(str(path), thread_count=1, per_thread_copy_ahead=0, sync_files=False, overwrite=False)
         self.path: Any = path  # DCP reaches it through _Files alone
         self._files = _Files(disk)
         self.fs = self._files

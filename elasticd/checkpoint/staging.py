@@ -21,8 +21,17 @@ _ATOMIC = (type(None), bool, int, float, complex, str, bytes)
 Path = tuple[object, ...]
 
 
+def wait_for_device() -> None:
+    """What this thread has queued on its GPU is done: another thread's work would not wait for it."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream().synchronize()
+
+
 class Staging:
-    """Holds as many bytes of host memory as the state that it copied last."""
+    """Holds as many bytes of host memory as the state that it copied last.
+
+    Pinned, a buffer is rounded up to a power of two by torch, which also keeps what is given back for later ones.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[Path, torch.Tensor] = {}
