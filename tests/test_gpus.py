@@ -22,7 +22,8 @@ from dataclasses import asdict
 from elasticd.metrics.gpu import Gpus
 gpus = Gpus()
 for line in sys.stdin:
-    print(json.dumps([asdict(sample) for sample in gpus.samples()]), flush=True)
+    samples = [asdict(sample) for sample in gpus.samples()]
+    print(json.dumps([samples, gpus.silent_s]), flush=True)
 """
 
 
@@ -40,11 +41,17 @@ def test_gpus_are_read_and_a_lost_one_stops_nothing(fake_gpus: FakeGpus) -> None
         text=True,
     )  # fmt: skip
 
-    def samples() -> list[dict[str, Any]]:
+    def read() -> tuple[list[dict[str, Any]], float]:
         assert reader.stdin is not None
         assert reader.stdout is not None
         print(file=reader.stdin, flush=True)
-        return json.loads(reader.stdout.readline())
+        gpus, silent_s = json.loads(reader.stdout.readline())
+        return gpus, silent_s
+
+    def samples() -> list[dict[str, Any]]:
+        gpus, silent_s = read()
+        assert silent_s == 0
+        return gpus
 
     try:
         first, second = samples()
@@ -56,6 +63,9 @@ def test_gpus_are_read_and_a_lost_one_stops_nothing(fake_gpus: FakeGpus) -> None
         for xid in (13, 79):  # a program's fault, and the hardware's
             fake_gpus.set(1, **HEALTHY, xid=xid)
             samples()
+        fake_gpus.set(0, util=12)  # no memory of its own, as some have none
+        shared = samples()[0]
+        assert (shared["up"], shared["utilization"], shared["memory_used_bytes"]) == (True, 0.12, None)
         assert [each["xids"] for each in samples()] == [[], [13, 79]]
         fake_gpus.set(1, lost=1)
         first, second = samples()
@@ -63,7 +73,9 @@ def test_gpus_are_read_and_a_lost_one_stops_nothing(fake_gpus: FakeGpus) -> None
         assert not second["up"]
         assert second["gpu"]["uuid"] == "GPU-fake-1"
         fake_gpus.set(0, hang=1)
-        assert samples() == [first, second]  # the last answer has to do
+        last, silent_s = read()
+        assert last == [first, second]  # the last answer has to do
+        assert 0 < silent_s < read()[1]  # and people can tell that it is one
     finally:
         reader.kill()
         reader.communicate()
@@ -100,6 +112,14 @@ def test_a_gpu_is_lost_when_it_is_silent_for_a_while_and_no_longer_when_it_answe
     assert "lost" in told[6]
 
 
+def test_a_driver_hangs_when_a_question_stays_without_an_answer() -> None:
+    health = GpuHealth()
+    silences_s = (0.0, 31.0, 0.0, 31.0, 33.0, 29.0, 31.0, 33.0, 35.0, 37.0, 0.0)
+    told = [health.judge([sample()], silent_s) for silent_s in silences_s]
+    assert [bool(trouble) for trouble in told] == [False] * 8 + [True, True, False]
+    assert "hangs" in told[8]
+
+
 HAS_DRIVER = Path("/dev/nvidiactl").exists()
 
 
@@ -109,7 +129,7 @@ def test_without_a_driver_there_are_no_gpus(tmp_path: Path) -> None:
         [sys.executable, "-c", READ_GPUS], env={"LD_LIBRARY_PATH": str(tmp_path)}, input="\n", capture_output=True,
         text=True, check=True,
     )  # fmt: skip
-    assert done.stdout == "[]\n"
+    assert done.stdout == "[[], 0.0]\n"
 
 
 @pytest.mark.gpu

@@ -209,8 +209,9 @@ async def _feed_watchdog() -> None:
 async def _watch_gpus(loop: NodeLoop, gpus: Gpus) -> None:
     """NVML is asked in its own thread, and waited for in another: it may hang with a sick GPU."""
     health, told = GpuHealth(), ""
-    while gpus.found:
-        trouble = health.judge(await asyncio.to_thread(gpus.samples))
+    while gpus.watched:
+        samples = await asyncio.to_thread(gpus.samples)
+        trouble = health.judge(samples, gpus.silent_s)
         if trouble != told:
             told = trouble
             loop.post(messages.GpuTroubled(trouble=trouble))

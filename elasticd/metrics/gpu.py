@@ -46,6 +46,8 @@ class Gpus:
         self._wanted, self._fresh = threading.Event(), threading.Event()
         self._samples: tuple[GpuSample, ...] = ()
         self._sampled_at = time.monotonic()
+        #: When the question was put that NVML has not answered yet.
+        self._asked_at: float | None = None
         self._closing = False
         self._wanted.set()
         self._thread = threading.Thread(target=self._run, name="nvml", daemon=True)
@@ -63,6 +65,17 @@ class Gpus:
             self._wanted.set()
             self._fresh.wait(FRESH_TIMEOUT_S)
         return self._samples
+
+    @property
+    def watched(self) -> bool:
+        """Whether there is something to ask: False without a driver. It may still be busy with the first question."""
+        return self._thread.is_alive()
+
+    @property
+    def silent_s(self) -> float:
+        """For how long NVML has been busy with one question; 0 when nothing is asked."""
+        asked_at = self._asked_at
+        return 0.0 if asked_at is None else time.monotonic() - asked_at
 
     def close(self) -> None:
         """The thread is not waited for: NVML may hang."""
@@ -84,9 +97,10 @@ class Gpus:
             self._wanted.wait()
             self._wanted.clear()
             assert events is not None
+            self._asked_at = time.monotonic()
             events.collect()
             self._samples = tuple(_sample(nvml, index, known, events) for index in range(_count(nvml, known)))
-            self._sampled_at = time.monotonic()
+            self._sampled_at, self._asked_at = time.monotonic(), None
             self._fresh.set()
         self._fresh.set()  # nothing more will come: nobody need wait
 
@@ -114,10 +128,11 @@ def _count(nvml: Any, known: dict[int, Gpu]) -> int:
 def _sample(nvml: Any, index: int, known: dict[int, Gpu], events: XidEvents) -> GpuSample:
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        memory = _memory(nvml, handle)
         if index not in known:
             name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
-            known[index] = Gpu(index=index, name=str(name), uuid=str(uuid), memory_bytes=int(memory.total))
+            total_bytes = 0 if memory is None else int(memory.total)
+            known[index] = Gpu(index=index, name=str(name), uuid=str(uuid), memory_bytes=total_bytes)
     except nvml.NVMLError:
         unknown = Gpu(index=index, name="", uuid="", memory_bytes=0)
         return GpuSample(gpu=known.get(index, unknown), xids=events.seen(index))
@@ -137,7 +152,7 @@ def _sample(nvml: Any, index: int, known: dict[int, Gpu], events: XidEvents) -> 
         gpu=known[index],
         up=True,
         utilization=ask(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
-        memory_used_bytes=int(memory.used),
+        memory_used_bytes=None if memory is None else int(memory.used),
         temperature_celsius=ask(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
         power_watts=ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
         ecc_corrected=ecc(nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED),
@@ -145,6 +160,14 @@ def _sample(nvml: Any, index: int, known: dict[int, Gpu], events: XidEvents) -> 
         remap_failed=None if remap_failed is None else bool(remap_failed),
         xids=events.seen(index),
     )
+
+
+def _memory(nvml: Any, handle: Any) -> Any:
+    """None of a GPU that shares its memory with the processor, or is cut in parts that we have no right to (MIG)."""
+    try:
+        return nvml.nvmlDeviceGetMemoryInfo(handle)
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission):
+        return None
 
 
 def _families(samples: tuple[GpuSample, ...]) -> Iterator[Metric]:

@@ -1,8 +1,9 @@
 """When a GPU is so sick that its node should not compute: what it answered in, a line for people out.
 
-Uncorrectable ECC errors, a row that could not be remapped, an XID of the hardware, and a GPU that does not answer any
-more. Heat is no trouble of its own: it makes the node slow, and that is seen (core/stragglers.py). Not here: how it is
-read (gpu.py, gpu_xid.py), what is done about it (core/).
+Uncorrectable ECC errors, a row that could not be remapped, an XID of the hardware, a GPU that does not answer any more,
+and a driver that hangs when it is asked (nobody can tell then which of its GPUs is the sick one). Heat is no trouble of
+its own: it makes the node slow, and that is seen (core/stragglers.py). Not here: how it is read (gpu.py, gpu_xid.py),
+what is done about it (core/).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ HARDWARE_XIDS = {
 }
 #: A GPU that gave no answer so many times in a row is lost.
 SILENT_SAMPLES = 3
+#: One question that takes the driver longer than this will not be answered. Without persistence mode it takes seconds.
+HUNG_S = 30.0
 
 
 class GpuHealth:
@@ -32,9 +35,16 @@ class GpuHealth:
     def __init__(self) -> None:
         self._ecc: dict[int, int] = {}
         self._silent: dict[int, int] = {}
+        self._hung = 0
 
-    def judge(self, samples: Sequence[GpuSample]) -> str:
-        """The first trouble that is found; "" when there is none."""
+    def judge(self, samples: Sequence[GpuSample], silent_s: float = 0.0) -> str:
+        """The first trouble that is found; "" when there is none. ``silent_s``: since a question without an answer.
+
+        A driver is taken to hang when it is seen so several times in a row: once may be this process's own pause.
+        """
+        self._hung = self._hung + 1 if silent_s > HUNG_S else 0
+        if self._hung >= SILENT_SAMPLES:
+            return "the driver hangs, it does not answer NVML"
         troubles = [(sample.gpu, self._trouble(sample)) for sample in samples]
         return next((f"GPU {gpu.index} ({gpu.uuid}): {trouble}" for gpu, trouble in troubles if trouble), "")
 
