@@ -66,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             repeat=asked.repeat, quick=asked.quick, checkpoint_gb=asked.checkpoint_gb, say=_say_of(name, started)
         )
         figures += run_experiment(name, options)
-    written = document(machine, figures, time.monotonic() - started)
-    write_document(asked.out, written)
-    asked.out.with_suffix(".md").write_text(make_markdown(machine, figures))
+        written = document(machine, figures, time.monotonic() - started)
+        write_document(asked.out, written)  # after each: an hour is long, and may be broken off
+        asked.out.with_suffix(".md").write_text(make_markdown(machine, figures))
     print_report(machine, figures)
     if asked.json:
         print(json.dumps(written))
