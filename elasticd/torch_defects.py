@@ -7,15 +7,34 @@ Python (DistributedDataParallel's reducer holds one, so this is the ``return`` o
 ranks did not end (native stacks: ``Reducer -> ~ProcessGroupGloo -> thread::join`` against ``runLoop ->
 ~AsyncAllreduceWork -> decref_pyobject -> gil_scoped_acquire``). So destroyed groups are kept for a while: by the time
 they go, their threads have long been idle. Bounded, since a script may make and destroy many.
+
+*The first random operation on a DTensor*, on CUDA, sends rank 0's random state to all ranks of the default group, and
+sets it there. But a session has set it for each replica's own micro-batch, and a pipeline's stages need not all have
+such an operation: then those that have it wait for ever. And it takes GPU rank % count for this rank's, which it is not
+where a node has more GPUs than ranks. From torch 2.13's source (distributed/tensor/_random.py); not seen, for want of
+GPUs.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
 KEPT_GROUPS = 16
 _kept: deque[Any] = deque(maxlen=KEPT_GROUPS)
+
+
+def draw_without_broadcast(mesh: DeviceMesh, device: torch.device) -> None:
+    """Random operations on DTensors leave other ranks' random states alone. For CUDA; the CPU has no such tracker."""
+    from torch.distributed.tensor import _random
+
+    tracker = _random.OffsetBasedRNGTracker(mesh, run_state_sync=False)
+    tracker._device = device  # noqa: SLF001
+    _random._rng_tracker = tracker  # noqa: SLF001
 
 
 def keep_destroyed_groups() -> None:

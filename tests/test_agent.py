@@ -127,7 +127,7 @@ def test_workers_are_given_all_that_torchrun_gives(tmp_path: Path) -> None:
         differ = {name for name, value in theirs["env"].items() if ours["env"][name] != value}
         assert differ <= _OWN_VALUES, differ
         added = ours["env"].keys() - theirs["env"].keys()
-        assert added == {"ELASTICD_SOCKET", "ELASTICD_JOB_ID", "ELASTICD_ROUND", "ELASTICD_NODE_ID"}
+        assert added == {f"ELASTICD_{name}" for name in ("SOCKET", "JOB_ID", "ROUND", "NODE_ID", "LOCAL_RANK")}
     assert console["ours"] == console["torch"] == ["[trainer1]:said by 1"]
     (logs,) = (tmp_path / "ours/log").glob("*/round_1")
     files = {str(path.relative_to(logs)): path.read_text() for path in logs.glob("rank_*/std*")}

@@ -37,9 +37,28 @@ def test_the_place_is_torchruns_and_elasticds_add_to_it() -> None:
     assert (place.job_id, place.round_number) == ("e", 8)
 
 
+def test_one_worker_of_a_node_leads_it_under_virtual_local_ranks_too() -> None:
+    assert Place().leads_node
+    assert not Place.from_environment(WHOLE).leads_node  # under torchrun
+    virtual = WHOLE | {"LOCAL_RANK": "0"}
+    led = [Place.from_environment(virtual | {"ELASTICD_LOCAL_RANK": own}).leads_node for own in ("0", "1", "2")]
+    assert led == [True, False, False]
+
+
+def test_a_node_whose_driver_is_broken_does_not_train_on_the_cpu_unless_it_is_told_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # NVML sees them
+    with pytest.raises(ConfigError, match="this node has 8 GPUs, and CUDA does not work"):
+        choose_device(Place(), None)
+    assert choose_device(Place(), "cpu") == torch.device("cpu")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a node without a GPU says")
 def test_a_device_that_is_not_there() -> None:
-    assert choose_device(Place(), None) == torch.device("cpu")
+    for wanted in (None, "cpu", "cpu:0"):  # as tensors have it
+        assert choose_device(Place(), wanted) == torch.ones(1).device
     for wanted in ("cuda", "cuda:3"):
         with pytest.raises(ConfigError, match="this node has 0; lower --nproc-per-node"):
             choose_device(Place(), wanted)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from worker_runs import world
 
 from elasticd import Session
 from elasticd.errors import ConfigError
+from elasticd.worker.layout import check_devices
 from elasticd.worker.step import Step
 
 DATA = [torch.ones(1)] * 20
@@ -153,6 +155,29 @@ def test_another_data_set_after_a_restart_is_refused_and_another_number_of_micro
     with Session(micro_batches=2, checkpoint_dir=tmp_path) as session:
         steps(session, trainee(session), until=2)
     assert "steps had 4 micro-batches so far, and 2 from here on" in caplog.text
+
+
+def compute_on_unlike_devices() -> None:
+    """Run by a rank: rank 1 says what it would on a node whose GPUs work, and rank 0 not."""
+    with Session() as session:
+        check_devices(torch.device("cuda", 0) if session.rank else session.device, session._control.group)
+
+
+def test_ranks_without_a_gpu_among_others_that_have_one() -> None:
+    with world(2, compute_on_unlike_devices) as ranks:
+        for rank in ranks:
+            assert rank.wait(30) == 1
+            assert "error: some ranks compute on a GPU and others on the CPU (this one: c" in rank.output
+
+
+def test_an_error_on_a_gpu_is_not_held_up_by_the_others() -> None:
+    """NCCL's groups end together: who leaves with an error leaves them to the system. (gloo's here, told otherwise.)"""
+    session = Session()
+    session.device = torch.device("cuda", 0)
+    with pytest.raises(ZeroDivisionError), session:
+        _ = 1 / 0
+    assert dist.is_initialized()
+    dist.destroy_process_group()
 
 
 def divided_data() -> None:

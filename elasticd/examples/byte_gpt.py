@@ -176,6 +176,9 @@ def make_pipeline(model: nn.Module, session: Session) -> Pipeline:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    if arguments.exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS adds up in one order with it
+        torch.use_deterministic_algorithms(mode=True)
     session = Session(
         layout=LAYOUTS.get(arguments.parallel),
         micro_batches=arguments.micro_batches,

@@ -228,6 +228,7 @@ class NodeAgent(LocalElasticAgent):
             "ELASTICD_JOB_ID": self._config.job_id,
             "ELASTICD_ROUND": str(current.number),
             "ELASTICD_NODE_ID": self._config.node_id,
+            "ELASTICD_LOCAL_RANK": str(worker.local_rank),  # torchrun's may be virtual
         }
         self._set_local_rank_env(env, worker.local_rank, spec)  # type: ignore[arg-type]
         if "OMP_NUM_THREADS" in os.environ or spec.local_world_size > 1:  # torchrun's own rule

@@ -43,8 +43,9 @@ ALWAYS = (
     "elasticd.supervisor.agent",
     "elasticd.worker.session",
 )
-#: numpy's BLAS makes its threads when it is imported, and a process with threads should not fork.
-IMPORT_ENV = {"OPENBLAS_NUM_THREADS": "1"}
+#: numpy's BLAS makes its threads when it is imported, and a process with threads should not fork. An import may ask
+#: whether there is CUDA: of NVML, then, since to initialise CUDA would keep forked processes from using the GPU.
+IMPORT_ENV = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 Continuation = Callable[[], None]
 

@@ -25,6 +25,7 @@ from elasticd.checkpoint.objects import Location, locate
 from elasticd.checkpoint.restore import PassedOver, Restored, restore_newest
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved, Saver
+from elasticd.checkpoint.staging import wait_for_device
 from elasticd.errors import ConfigError, SaveFailed, StateLost
 from elasticd.worker.fence import RoundFence
 from elasticd.worker.link import DaemonLink
@@ -96,7 +97,7 @@ class Checkpoints:
         ranks = Ranks(
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
-            leads_node=place.local_rank == 0,
+            leads_node=place.leads_node,
             job_id=place.job_id,
             round_number=place.round_number,
             group=make_side_group(timeout_s),
@@ -131,6 +132,7 @@ class Checkpoints:
         """The newest that verifies, in RAM or on disk; else what is in ``start_from``; else nothing. See Session."""
         registered = self._known()
         self._restored = True
+        wait_for_device()  # for how the model was made; threads fill it
         if self._memory is None:
             self._restore_from_disk(registered, start_from)
             return

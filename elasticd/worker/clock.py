@@ -1,62 +1,29 @@
 """Seconds per micro-batch of this rank, measured without holding it up.
 
-On CUDA by events, which are read once the device has passed them; on the CPU by the clock. A step's micro-batches are
-measured together. The last one ends in the exchange of gradients, and so in waiting for slower ranks: they count up to
-the moment when the gradient of the model's first parameter is there, which the backward pass reaches last. Where that
-cannot be seen (FSDP2) the last one does not count at all, unless it is the only one.
+A step's micro-batches are measured together. The last one ends in the exchange of gradients, and so in waiting for
+slower ranks: they count up to the moment when the gradient of the model's first parameter is there, which the backward
+pass reaches last. Where that cannot be seen (FSDP2) the last one does not count at all, unless it is the only one.
 
 Not here: what the measure is for (shares.py).
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
+from elasticd.worker.marks import Mark, marks_of
+
 MAX_PENDING = 4096
-
-
-class Mark(Protocol):
-    """A moment in this rank's work."""
-
-    def seconds_since(self, earlier: Mark) -> float | None:
-        """None while the device has not come to it."""
-        ...
-
-
-class CpuMark:
-    __slots__ = ("at",)
-
-    def __init__(self) -> None:
-        self.at = time.perf_counter()
-
-    def seconds_since(self, earlier: Mark) -> float | None:
-        assert isinstance(earlier, CpuMark)
-        return self.at - earlier.at
-
-
-class CudaMark:
-    __slots__ = ("event",)
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self.event.record()
-
-    def seconds_since(self, earlier: Mark) -> float | None:
-        assert isinstance(earlier, CudaMark)
-        passed: bool = self.event.query()  # type: ignore[no-untyped-call]
-        return earlier.event.elapsed_time(self.event) / 1e3 if passed else None
 
 
 class MicroBatchClock:
     """Called in this order, once a step: begin, begin_last, end or end_together. One that raised is begun anew."""
 
     def __init__(self, device: torch.device) -> None:
-        self._mark: type[CpuMark | CudaMark] = CudaMark if device.type == "cuda" else CpuMark
+        self._device, self._mark = device, marks_of(device)
         #: (begin, end, micro-batches in between)
         self._pending: deque[tuple[Mark, Mark, int]] = deque(maxlen=MAX_PENDING)
         self._count = 0
@@ -69,7 +36,8 @@ class MicroBatchClock:
         """Notice the end of each step's last backward pass through the model, and pass it on."""
         self._on_gradients = on_gradients
         for parameter in reached_last(model):
-            parameter.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+            if parameter.device == self._device:  # a script may spread its model over devices of its own choice
+                parameter.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
 
     def begin(self, count: int) -> None:
         """A step of so many micro-batches."""

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from elasticd.errors import ConfigError
+from elasticd.torch_defects import draw_without_broadcast
 from elasticd.worker.world import Place
 
 if TYPE_CHECKING:
@@ -123,7 +124,10 @@ class Arrangement:
 
     def make_mesh(self, device: torch.device) -> DeviceMesh:
         """Collective: it makes process groups."""
-        return init_device_mesh(device.type, tuple(self.shape.values()), mesh_dim_names=tuple(self.shape))
+        mesh = init_device_mesh(device.type, tuple(self.shape.values()), mesh_dim_names=tuple(self.shape))
+        if device.type == "cuda" and self.layout.tensor > 1:
+            draw_without_broadcast(mesh, device)
+        return mesh
 
 
 def arrange(layout: Layout | None, place: Place, group: dist.ProcessGroup | None) -> Arrangement:
@@ -153,6 +157,16 @@ def arrange(layout: Layout | None, place: Place, group: dist.ProcessGroup | None
             f"(ranks_per_replica = {layout.granularity} in a job file), so that the world is rounded to it"
         )
     return Arrangement(layout=layout, rank=rank, world_size=world_size)
+
+
+def check_devices(device: torch.device, group: dist.ProcessGroup | None) -> None:
+    """Collective. ConfigError, on all ranks, when some have a GPU and others do not: they would wait for each other."""
+    least, most = said_by_all([device.type == "cuda"], group)
+    if least != most:
+        raise ConfigError(
+            f"some ranks compute on a GPU and others on the CPU (this one: {device}): see why CUDA does not work on "
+            "every node, or say device='cpu' to all"
+        )
 
 
 def _code(layout: Layout) -> int:

@@ -21,7 +21,6 @@ Not here: which micro-batches those are (planned.py); schedules with several sta
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -133,14 +132,8 @@ def names_of_all_stages(own: list[list[str]], group: dist.ProcessGroup) -> list[
 
     ConfigError, on all stages, when their optimizers do not have as many groups.
     """
-    text = torch.tensor(list(json.dumps(own).encode()), dtype=torch.uint8)
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
-    dist.all_gather(lengths, torch.tensor([len(text)]), group=group)
-    padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
-    padded[: len(text)] = text
-    texts = [torch.zeros_like(padded) for _ in lengths]
-    dist.all_gather(texts, padded, group=group)
-    stages = [json.loads(bytes(each[: int(length)].tolist())) for each, length in zip(texts, lengths, strict=True)]
+    stages: list[Any] = [None] * group.size()
+    dist.all_gather_object(stages, own, group=group)
     if len({len(stage) for stage in stages}) > 1:
         raise ConfigError(f"the optimizers of the stages have {[len(stage) for stage in stages]} parameter groups")
     return [[name for stage in stages for name in stage[index]] for index in range(len(own))]

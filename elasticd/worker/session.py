@@ -54,7 +54,7 @@ from elasticd.worker.compress import Compression, check_compression, compress_gr
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
 from elasticd.worker.excepthook import show_operator_errors_as_one_line
-from elasticd.worker.layout import Layout, arrange
+from elasticd.worker.layout import Layout, arrange, check_devices
 from elasticd.worker.planned import PlannedSteps
 from elasticd.worker.position import Position
 from elasticd.worker.powersgd import PowerSGD
@@ -138,6 +138,7 @@ class Session:
         self._made_world = join_world(self._place, self.device)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._control = Control()
+        check_devices(self.device, self._control.group)
         check_compression(compress, exact=exact, group=self._control.group)
         self._compress = compress
         self.arranged = arrange(layout, self._place, self._control.group)
@@ -145,7 +146,7 @@ class Session:
         self._mesh = self.arranged.make_mesh(self.device) if layout is not None else None
         self._save_every_steps = save_every_steps
         self._link = connect(self._place)
-        self._reports = Reports(self._link, rank=self._rank, leads_node=self._place.local_rank == 0)
+        self._reports = Reports(self._link, rank=self._rank, leads_node=self._place.leads_node)
         self.planned: PlannedSteps | None = None
         if work is not None:
             self.planned = PlannedSteps(
@@ -176,8 +177,8 @@ class Session:
             reports=self._reports,
             position=self._position,
         )
-        self._waiting = GradientWait()
-        self._busy = BusySteps(self.device)
+        self._waiting = GradientWait(self.device)
+        self._busy = BusySteps()
         self._in_step = self._closed = False
         self._until: int | None = None
         self._progress: Progress | None = None
@@ -270,7 +271,7 @@ class Session:
         self._checkpoints.hold(registered)
         if self.arranged.layout.pipeline > 1:
             registered.unite = self._unite_stages
-        if model is not None and optimizer is not None and self.device.type == "cpu":
+        if model is not None and optimizer is not None:
             self._waiting.attach(model.parameters() if self.planned is None else (), optimizer)
         self._traffic.use(registered)
         if model is not None and self._compress is not None:
@@ -363,9 +364,9 @@ class Session:
 
     def close(self) -> None:
         """Wait for a save under way, send the last reports, and leave the process groups that were made here."""
-        self._close(None)
+        self._close(None, leaves_groups=True)
 
-    def _close(self, wait_s: float | None) -> None:
+    def _close(self, wait_s: float | None, *, leaves_groups: bool) -> None:
         self._closed = True
         if self._progress is not None:  # before a traceback is printed, if there is one
             self._progress.close()
@@ -377,7 +378,7 @@ class Session:
             if self._link is not None:
                 self._link.close()
             still_saving = self._checkpoints.in_flight  # over a group: do not take it away
-            if self._made_world and dist.is_initialized() and not still_saving:
+            if self._made_world and leaves_groups and dist.is_initialized() and not still_saving:
                 keep_destroyed_groups()
                 dist.destroy_process_group()
 
@@ -389,7 +390,9 @@ class Session:
             self.close()
             return
         with contextlib.suppress(Exception):  # what broke the save, most likely by the same cause as the error
-            self._close(CLOSE_AFTER_ERROR_S)
+            # NCCL ends its groups together with the others, who may be waiting for this rank: the error would not get
+            # out, and nobody would end them.
+            self._close(CLOSE_AFTER_ERROR_S, leaves_groups=self.device.type != "cuda")
 
     # What Step needs of its session.
 
@@ -416,7 +419,6 @@ class Session:
             raise Fenced(f"checkpoint refused: {self._link.refusal}")
         self._checkpoints.check_saves()
         self._set_in_step(True)
-        self._waiting.take()
         self._checkpoints.check_copies()
         wanted = self._link.stop_need if self._link is not None else 0
         due = self._saves_at(self.step + 1)
@@ -427,6 +429,7 @@ class Session:
 
     def abandon(self) -> None:
         self._set_in_step(False)
+        self._waiting.drop()
 
     def complete(self, step: Step) -> None:
         step.stop_agreed, blocked_s = self._control.finish(step.index)

@@ -17,6 +17,8 @@ from torch._C._distributed_c10d import HashStore
 
 from elasticd.errors import ConfigError
 
+#: torch's own for NCCL alone; of both backends together it would make gloo's half an hour.
+NCCL_TIMEOUT = timedelta(minutes=10)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -33,6 +35,8 @@ class Place:
     round_number: int = 0
     socket_path: str = ""
     launched: bool = False
+    #: Whether this is the first worker of its node. With --virtual-local-rank all of them are told local rank 0.
+    leads_node: bool = True
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Place:
@@ -46,9 +50,10 @@ class Place:
         rank, world_size = _number(env, "RANK", 0), _number(env, "WORLD_SIZE", 1)
         if not 0 <= rank < world_size:
             raise ConfigError(f"environment variable RANK is {rank}, and WORLD_SIZE is {world_size}: no such rank")
+        local_rank = _number(env, "LOCAL_RANK", 0)
         return cls(
             rank=rank,
-            local_rank=_number(env, "LOCAL_RANK", 0),
+            local_rank=local_rank,
             world_size=world_size,
             local_world_size=_number(env, "LOCAL_WORLD_SIZE", 1),
             job_id=env.get("ELASTICD_JOB_ID") or env.get("TORCHELASTIC_RUN_ID", ""),
@@ -56,11 +61,21 @@ class Place:
             round_number=_number(env, "ELASTICD_ROUND", _number(env, "TORCHELASTIC_RESTART_COUNT", 0)),
             socket_path=env.get("ELASTICD_SOCKET", ""),
             launched=launched,
+            leads_node=_number(env, "ELASTICD_LOCAL_RANK", local_rank) == 0,
         )
 
 
 def choose_device(place: Place, wanted: str | None) -> torch.device:
-    """The GPU of this local rank where there is CUDA, otherwise the CPU. ConfigError when there are too few GPUs."""
+    """The GPU of this local rank where there is CUDA, otherwise the CPU.
+
+    ConfigError when there are too few GPUs, or CUDA cannot use those that NVML sees: nobody means to train on the CPU
+    there without having said so.
+    """
+    if wanted is None and not torch.cuda.is_available() and (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"this node has {count} GPUs, and CUDA does not work: python3 -c 'import torch; torch.cuda.init()' says "
+            "why. Say device='cpu' to train without them"
+        )
     try:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -73,7 +88,7 @@ def choose_device(place: Place, wanted: str | None) -> torch.device:
                 f"local rank {place.local_rank} has no GPU: this node has {count}; lower --nproc-per-node"
             )
         torch.cuda.set_device(device)
-    return device
+    return device if device.type != "cpu" else torch.device("cpu")  # as tensors say it: without an index
 
 
 def join_world(place: Place, device: torch.device) -> bool:
@@ -82,10 +97,11 @@ def join_world(place: Place, device: torch.device) -> bool:
         return False
     # On CUDA the CPU backend comes along: checkpoints and control talk over it.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = NCCL_TIMEOUT if device.type == "cuda" else None
     if place.launched:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
     return True
 
 
