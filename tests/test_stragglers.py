@@ -10,8 +10,9 @@ import pytest
 from simulation import Sim
 
 from elasticd.core import keys, messages
-from elasticd.core.model import BootId, Cause, JobId, JobSpec, NodeId, Seat
+from elasticd.core.model import BootId, Cause, JobId, JobSpec, Member, NodeId, Phase, Round, Seat
 from elasticd.core.records import to_json
+from elasticd.core.ring import seat_members
 from elasticd.core.stragglers import (
     WINDOWS,
     Exchange,
@@ -22,6 +23,7 @@ from elasticd.core.stragglers import (
     Suspect,
     SuspectKept,
     Why,
+    _ranks_without,
     find_suspect,
     judge_suspect,
 )
@@ -141,6 +143,63 @@ def test_a_balanced_job_is_better_off_with_a_slow_node_and_an_unbalanced_one_wit
     equal_batches = watched(0.1, 0.1, 0.3)
     assert equal_batches.gain_without(C) == pytest.approx(1 - 0.15 / 0.3)
     assert watched(0.1, 0.1, 0.14).gain_without(C) < 0
+
+
+def test_the_others_take_no_more_than_their_caps_in_a_world_without_the_slow_node() -> None:
+    speeds = (0.1, 0.1, 1.0)
+    assert watched(*speeds, shares=(4, 4, 4), balanced=True).gain_without(C) == pytest.approx(1 - 0.6 / 4.0)
+    capped = watched(*speeds, shares=(4, 4, 4), balanced=True, caps=(4, 9, 9))
+    assert capped.gain_without(C) == pytest.approx(1 - 0.8 / 4.0)  # 4 and 8
+    for balanced in (True, False):
+        watch = watched(0.1, 1.0, shares=(4, 4), balanced=balanced, caps=(4, 4))
+        assert watch.gain_without(B) == -math.inf, "nobody can hold the 8 micro-batches alone"
+
+
+def test_the_caps_of_replicas_within_nodes_go_with_them() -> None:
+    watch = watched(0.1, 0.1, 0.1, 0.1, 0.4, 0.4, world=seats(2, 2, 2), shares=(4, 4, 4), caps=(3, 9, 12))
+    assert watch.gain_without(C) == pytest.approx(1 - 0.9 / 1.6)
+    # c is the first then.
+    assert watch.gain_without(A) == pytest.approx(1 - 2.4 / 1.6)
+
+
+def test_shares_in_given_proportions_are_those_of_a_world_without_the_slow_node_too() -> None:
+    watch = watched(0.1, 0.4, 0.1, shares=(1, 2, 5), weights=(1.0, 2.0, 5.0))
+    # 3 and 5, by weights 1 and 2: equal shares would be 4 and 4.
+    assert watch.gain_without(B) == pytest.approx(1 - 0.5 / 0.8)
+    # c takes the place of a, and its weight; b keeps its own.
+    assert watch.gain_without(A) == pytest.approx(1 - 2.0 / 0.8)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 1), (1, 2, 3), (2, 1, 2, 1)])
+def test_ranks_without_a_node_are_in_the_order_of_the_world_that_follows(sizes: tuple[int, ...]) -> None:
+    before = seats(*sizes)
+    current = Round(number=1, phase=Phase.RUNNING, cause=Cause.START, seats=tuple(before))
+    for gone in before:
+        members = {
+            seat.node_id: Member(node_id=seat.node_id, boot_id=seat.boot_id, address="", nproc=seat.nproc)
+            for seat in before
+            if seat is not gone
+        }
+        after = seat_members(members, current)
+        first = {seat.node_id: seat.first_rank for seat in before}
+        expected = [first[seat.node_id] + rank for seat in after for rank in range(seat.nproc)]
+        assert _ranks_without(gone.node_id, before) == expected
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        {"shares": (0, 0)},
+        {"shares": (9, -1)},
+        {"shares": (4, 4), "caps": (4,)},
+        {"shares": (4, 4), "caps": (9, -1)},
+        {"shares": (4, 4), "weights": (1.0, math.nan)},
+        {"shares": (4, 4), "weights": (0.0,)},
+    ],
+)
+def test_figures_that_would_break_a_decision_are_refused(junk: dict) -> None:
+    with pytest.raises(ValueError, match=next(reversed(junk))):
+        SpeedWatch().add(Measured(seconds=(0.1, 0.1), **junk), seats(1, 1), FACTOR, 0.0)
 
 
 def suspect(gain: float = 0.5, *, budget_left: bool = True) -> Suspect:

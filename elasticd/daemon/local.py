@@ -247,6 +247,8 @@ def _measured(plain: Message) -> Measured:
         seconds=tuple(float(each) for each in plain["seconds"]),
         shares=tuple(int(share) for share in plain.get("shares", ())),
         balanced=bool(plain.get("balanced", False)),
+        caps=tuple(int(cap) for cap in plain.get("caps", ())),
+        weights=tuple(float(weight) for weight in plain.get("weights", ())),
     )
 
 

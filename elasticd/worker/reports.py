@@ -70,8 +70,7 @@ class Reports:
         message = self._speeds.take()
         if self._link is None or message is None:
             return
-        shares = {"shares": planned.shares, "balanced": planned.balanced} if planned is not None else {}
-        self._link.post(message | shares)
+        self._link.post(message | (_shares(planned) if planned is not None else {}))
 
     def shares_changed(self, event: Mapping[str, Any]) -> None:
         """All ranks have decided the same: one of them says so."""
@@ -130,3 +129,10 @@ class Reports:
     def _post(self, message: Mapping[str, Any]) -> None:
         if self._link is not None:
             self._link.post(dict(message))
+
+
+def _shares(planned: PlannedSteps) -> dict[str, Any]:
+    """What a step without a node would be is computed from these, by the balancer's own rules (core/stragglers.py)."""
+    limits = {"caps": planned.caps, "weights": planned.weights}
+    said = {name: values for name, values in limits.items() if values}
+    return {"shares": planned.shares, "balanced": planned.balanced, **said}
