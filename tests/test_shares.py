@@ -126,7 +126,9 @@ def test_the_daemon_hears_what_limits_the_shares(tmp_path: Path) -> None:
         env = {"ELASTICD_SOCKET": daemon.path, "ELASTICD_JOB_ID": "job", "ELASTICD_ROUND": "1"}
         run_world(2, train_limited, 25, **env)
         eventually(daemon.heard_out)
-        speeds = daemon.of_type("speeds")
+        hellos, speeds = daemon.of_type("worker_hello"), daemon.of_type("speeds")
+    told = {hello["rank"]: (hello["micro_batches"], hello["cap"], hello["replica_size"]) for hello in hellos}
+    assert told == {0: (COUNT, COUNT, 1), 1: (COUNT, 1, 1)}
     limits = {"shares": [7, 1], "balanced": False, "caps": [COUNT, 1], "weights": [1, 2]}
     assert speeds[0].items() >= limits.items()
 

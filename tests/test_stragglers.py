@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 from simulation import Sim
 
+from elasticd.commands.status import describe, render
 from elasticd.core import keys, messages
 from elasticd.core.model import BootId, Cause, JobId, JobSpec, Member, NodeId, Phase, Round, Seat
 from elasticd.core.records import to_json
+from elasticd.core.rendezvous import NoRoomForStep
 from elasticd.core.ring import seat_members
 from elasticd.core.stragglers import (
     WINDOWS,
@@ -312,6 +314,70 @@ def test_the_minimum_is_never_broken() -> None:
     sim.run(200)
     assert sorted(sim.world()) == ["a", "b"]
     assert [told["why"] for told in events(sim, "straggler_kept")] == ["too_few_nodes"]
+
+
+def capped(names: str, micro_batches: int, **more: object) -> Sim:
+    """A step has so many micro-batches, of which a rank takes 4 at most."""
+    sim = Sim(0, spec=spec(maximum=len(names), **more), policy=GENEROUS, micro_batches=micro_batches)
+    for name in names:
+        sim.add(name, sessions=True).cap = 4
+    assert sim.run(10, lambda: len(sim.world()) == len(names)), sim.round()
+    sim.run(1)
+    return sim
+
+
+@pytest.mark.parametrize("sick", [False, True])
+def test_no_eviction_leaves_a_world_that_cannot_hold_a_step(sick: bool) -> None:
+    sim = capped("ab", 8)
+    name = sim.world()[-1]
+    if sick:
+        sim.nodes[name].post(messages.GpuTroubled(trouble="GPU 0: uncorrectable ECC errors"))
+    else:
+        sim.nodes[name].speed = 0.1
+    sim.run(200)
+    assert (sim.round().number, sorted(sim.world())) == (1, ["a", "b"])
+    assert [told["why"] for told in events(sim, "straggler_kept")] == ["too_few_nodes"]
+
+
+def test_a_slow_node_goes_where_the_others_can_hold_a_step() -> None:
+    sim = capped("abc", 8)
+    slow = slow_seat(sim)
+    assert sim.run(60, lambda: len(sim.world()) == 2 and slow not in sim.world())
+    assert sim.round().restarts_by(Cause.WORKER_FAILED) == 0
+
+
+def test_nodes_that_cannot_hold_a_step_wait_for_others_and_say_so() -> None:
+    """Whoever comes back has not run yet: it is taken to be like those that have."""
+    sim = capped("abc", 12)
+    left, *lost = sim.world()
+    for name in lost:
+        sim.kill(name)
+    assert sim.run(10, lambda: sim.round().phase is Phase.WAITING)
+    assert "at most 4 of a step's 12 micro-batches" in sim.round().reason
+    sim.add(lost[0], sessions=True).cap = 4
+    sim.run(10)
+    assert sim.round().phase is Phase.WAITING
+    assert sim.nodes[left].machine._proposer.reason == NoRoomForStep(8, 12)
+    found = describe(sim.nodes[left].machine.view, {})
+    (told,) = [job["reason"] for job in found["jobs"]]
+    assert "at most 8 of a step's 12 micro-batches" in told
+    assert [str(part) for part in render(found).renderables if told in str(part)] == [f"job: {told}"]
+    sim.add(lost[1], sessions=True).cap = 4
+    assert sim.run(10, lambda: len(sim.world()) == 3)
+    sim.run(10)
+    assert sim.round().restarts_by(Cause.WORKER_FAILED) == 0
+    (job,) = describe(sim.nodes[left].machine.view, {})["jobs"]
+    assert job["reason"] == ""
+
+
+def test_a_drained_node_without_which_no_step_fits_leaves_and_the_job_waits() -> None:
+    sim = capped("ab", 8)
+    name = sim.world()[-1]
+    sim.store.apply({keys.drain(NodeId(name)): ("1", 0)}, [])
+    assert sim.run(20, lambda: sim.round().phase is Phase.WAITING)
+    sim.store.apply({}, [keys.drain(NodeId(name))])
+    assert sim.run(20, lambda: sorted(sim.world()) == ["a", "b"])
+    assert sim.round().restarts_by(Cause.WORKER_FAILED) == 0
 
 
 def test_without_budget_or_when_switched_off_nobody_goes() -> None:

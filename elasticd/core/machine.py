@@ -159,7 +159,7 @@ class Machine:
     def _absorb_session(self, event: Event, task: Task, now: float) -> Iterator[Effect]:
         match event:
             case messages.SessionJoined() if event.round_number == task.started_round:
-                task.sessions[event.rank] = None
+                task.join(event.rank, event.limits)
             case messages.SessionLeft() if event.round_number == task.started_round:
                 task.sessions.pop(event.rank, None)
             case messages.StepCompleted() if event.round_number == task.started_round:
