@@ -437,6 +437,16 @@ def test_a_quarantined_node_is_free_again_when_the_operator_says_so() -> None:
     assert slow not in sim.world()
 
 
+def test_nobody_is_evicted_while_the_tally_cannot_be_read() -> None:
+    """The world would stand still at a boundary, for a transaction that never holds."""
+    sim = cluster("abc")
+    sim.store.apply({keys.TALLY: ("of a newer kind", 0)}, [])
+    slow_seat(sim)
+    sim.run(60)
+    assert (sim.round().number, len(sim.world())) == (1, 2)
+    assert not any(node.boundary for node in sim.nodes.values())
+
+
 def test_the_exchange_and_its_records_are_one_whoever_dies() -> None:
     """The proposer is killed at any moment around the exchange: the round and its records are both there, or neither."""
     for delay_ms in range(0, 120, 20):
