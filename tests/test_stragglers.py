@@ -316,12 +316,12 @@ def test_the_minimum_is_never_broken() -> None:
     assert [told["why"] for told in events(sim, "straggler_kept")] == ["too_few_nodes"]
 
 
-def capped(names: str, micro_batches: int, **more: object) -> Sim:
+def capped(names: str, micro_batches: int, *, seed: int = 0, maximum: int = 3) -> Sim:
     """A step has so many micro-batches, of which a rank takes 4 at most."""
-    sim = Sim(0, spec=spec(maximum=len(names), **more), policy=GENEROUS, micro_batches=micro_batches)
+    sim = Sim(seed, spec=spec(maximum=maximum), policy=GENEROUS, micro_batches=micro_batches)
     for name in names:
         sim.add(name, sessions=True).cap = 4
-    assert sim.run(10, lambda: len(sim.world()) == len(names)), sim.round()
+    assert sim.run(10, lambda: len(sim.world()) == min(len(names), maximum)), sim.round()
     sim.run(1)
     return sim
 
@@ -548,3 +548,28 @@ def test_random_mixtures_keep_the_minimum_the_budget_and_the_peace(seed: int) ->
     number = sim.round().number
     sim.run(100)
     assert sim.round().number == number, "the world changes without a cause"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_mixtures_run_no_world_that_cannot_hold_a_step(seed: int) -> None:
+    """Two nodes hold one. Its workers would fail, and without a budget of restarts the job with them."""
+    chance = random.Random(seed)
+    sim = capped("abcde", 8, seed=seed)
+    for _ in range(15):
+        name = chance.choice(sorted(sim.nodes))
+        node = sim.nodes[name]
+        match chance.randrange(4):
+            case 0:
+                node.speed = chance.choice([0.01, 0.08])
+            case 1 | 2 if node.alive and len(sim.live()) > 1:
+                sim.kill(name)
+            case 3 if not node.alive:
+                sim.add(name, sessions=True).cap = 4
+        sim.run(chance.uniform(2, 60))
+        current = sim.round()
+        assert len(current.seats) >= 2 if current.phase is Phase.RUNNING else current.phase is Phase.WAITING
+    for name in sorted(sim.nodes):
+        if not sim.nodes[name].alive:
+            sim.add(name, sessions=True).cap = 4
+    assert sim.run(60, lambda: len(sim.world()) == 3)
+    assert sim.round().restarts_by(Cause.WORKER_FAILED) == 0
