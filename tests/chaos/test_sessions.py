@@ -234,36 +234,6 @@ def part(cluster: Cluster, node: str) -> str:
     return str(next(one for one in nodes if one["node"] == node)["job"])
 
 
-def test_a_spare_takes_a_lost_seat_at_once_and_below_the_minimum_the_job_waits(three: Cluster) -> None:
-    cluster = three
-    job, folder = "spares", cluster.folder / "spares"
-    folder.mkdir()
-    cluster.submit(job, [SCRIPT, str(folder)], nodes="2", spares=1)
-    cluster.wait_until(lambda: all(part(cluster, node) == job for node in running(cluster)), 30, "two and a spare")
-    cluster.wait_step(time.monotonic(), world=2)
-    (spare,) = running(cluster) - set(cluster.seated(job))
-    lost, other = cluster.seated(job)
-
-    at = time.monotonic()
-    cluster.kill_node(cluster.index_of(lost))
-    cluster.wait_for(lambda _: set(cluster.seated(job)) == {spare, other}, 8, "the spare has the seat")
-    step = cluster.wait_step(at, world=2)
-    print(f"from the kill to a step with the spare: {step.t - at:.3f} s")
-
-    cluster.kill_node(cluster.index_of(other))  # one is left, of two
-    cluster.wait_for(lambda _: phase(cluster, job) == "waiting", 8, "the job waits")
-    stopped_at = time.monotonic()
-    cluster.start_node(cluster.index_of(other))
-    cluster.wait_for(lambda _: set(cluster.seated(job)) == {spare, other}, 30, "the minimum is met again")
-    first = cluster.wait_step(stopped_at, world=2)
-    assert not [line for line in cluster.trained() if stopped_at + 0.5 < line.t < first.t - 0.5]
-
-    (folder / "finish").touch()
-    cluster.wait_for(lambda history: over(history, job), 20, "the end")
-    history = cluster.history()
-    assert validators.validate(history) + validators.budget_charged(history, job, 0) == []
-
-
 def test_nodes_that_cannot_hold_a_step_are_no_world_for_a_straggler_nor_after_a_loss(three: Cluster) -> None:
     """At most 4 of a step's 8 micro-batches fall to a rank: a world of one would end in a ConfigError."""
     cluster = three
@@ -290,6 +260,36 @@ def test_nodes_that_cannot_hold_a_step_are_no_world_for_a_straggler_nor_after_a_
     (folder / "finish").touch()
     cluster.wait_for(lambda history: over(history, job), 20, "the end")
     cluster.start_node(cluster.index_of(slow))
+    history = cluster.history()
+    assert validators.validate(history) + validators.budget_charged(history, job, 0) == []
+
+
+def test_a_spare_takes_a_lost_seat_at_once_and_below_the_minimum_the_job_waits(three: Cluster) -> None:
+    cluster = three
+    job, folder = "spares", cluster.folder / "spares"
+    folder.mkdir()
+    cluster.submit(job, [SCRIPT, str(folder)], nodes="2", spares=1)
+    cluster.wait_until(lambda: all(part(cluster, node) == job for node in running(cluster)), 30, "two and a spare")
+    cluster.wait_step(time.monotonic(), world=2)
+    (spare,) = running(cluster) - set(cluster.seated(job))
+    lost, other = cluster.seated(job)
+
+    at = time.monotonic()
+    cluster.kill_node(cluster.index_of(lost))
+    cluster.wait_for(lambda _: set(cluster.seated(job)) == {spare, other}, 8, "the spare has the seat")
+    step = cluster.wait_step(at, world=2)
+    print(f"from the kill to a step with the spare: {step.t - at:.3f} s")
+
+    cluster.kill_node(cluster.index_of(other))  # one is left, of two
+    cluster.wait_for(lambda _: phase(cluster, job) == "waiting", 8, "the job waits")
+    stopped_at = time.monotonic()
+    cluster.start_node(cluster.index_of(other))
+    cluster.wait_for(lambda _: set(cluster.seated(job)) == {spare, other}, 30, "the minimum is met again")
+    first = cluster.wait_step(stopped_at, world=2)
+    assert not [line for line in cluster.trained() if stopped_at + 0.5 < line.t < first.t - 0.5]
+
+    (folder / "finish").touch()
+    cluster.wait_for(lambda history: over(history, job), 20, "the end")
     history = cluster.history()
     assert validators.validate(history) + validators.budget_charged(history, job, 0) == []
 
