@@ -12,7 +12,7 @@ from sim_store import TTL_S
 from elasticd.core import keys, messages
 from elasticd.core.machine import Machine
 from elasticd.core.messages import Write
-from elasticd.core.model import JobId, NodeId, Round
+from elasticd.core.model import JobId, NodeId, Round, StepLimits
 from elasticd.core.records import to_json
 from elasticd.core.stages import Stage
 from elasticd.core.view import Entry
@@ -37,6 +37,8 @@ class SimNode:
     sessions: bool = False
     #: Seconds per micro-batch.
     speed: float = 0.01
+    #: Micro-batches of a step that a rank takes at most, where the simulation says how many a step has.
+    cap: int = 1_000_000
     exit_status: int | None = None
     peers: frozenset = frozenset()
     up: set = field(default_factory=set)
@@ -115,9 +117,17 @@ class SimNode:
                 self.agent_ready()
                 seat = current.seat_of(self.node_id)
                 if self.sessions and seat:
-                    self.post(messages.SessionJoined(round_number=current.number, rank=seat.first_rank))
+                    self.join_session(current, seat.first_rank)
 
         self.sim.after(0.02, started)
+
+    def join_session(self, current: Round, rank: int) -> None:
+        """Workers whose caps cannot hold a step end with a ConfigError, each by itself."""
+        whole = self.sim.micro_batches
+        limits = StepLimits(micro_batches=whole, caps=(min(self.cap, whole),)) if whole else None
+        self.post(messages.SessionJoined(round_number=current.number, rank=rank, limits=limits))
+        if sum(self.sim.caps(current)) < whole:
+            self.sim.after(0.01, lambda: self.sim.fail_worker(self.node_id, current.number))
 
     # the store, as this node reaches it
     def store_write(self, effect: messages.Effect) -> None:

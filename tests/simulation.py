@@ -14,6 +14,7 @@ from sim_node import SimNode
 from sim_store import TTL_S, SimStore
 
 from elasticd.core import keys, messages
+from elasticd.core.balance import choose_first
 from elasticd.core.machine import Machine, Settings
 from elasticd.core.messages import Down
 from elasticd.core.model import BootId, Capacity, Failure, JobId, JobSpec, Node, NodeId, Round, Topology
@@ -32,8 +33,15 @@ def lost(node_id: NodeId, boot_id: BootId, how: Down) -> messages.PeerDown:
 
 class Sim:
     def __init__(
-        self, seed: int = 0, *, spec: JobSpec | None = None, nproc: int = 1, policy: Policy | None = None
+        self,
+        seed: int = 0,
+        *,
+        spec: JobSpec | None = None,
+        nproc: int = 1,
+        policy: Policy | None = None,
+        micro_batches: int = 0,
     ) -> None:
+        """``micro_batches`` of a step, with one rank a node; 0: scripts without caps, of four for each rank."""
         self.random, self.now, self.nproc = random.Random(seed), 0.0, nproc
         self.spec = spec or JobSpec(job_id=JobId("job"), min_nodes=1, max_nodes=8, command=("x",))
         self._heap: list = []
@@ -42,7 +50,7 @@ class Sim:
         self.nodes: dict[str, SimNode] = {}
         self.apart: set[frozenset[str]] = set()  # pairs that do not hear each other
         self._boots = itertools.count(1)
-        self.policy = policy
+        self.policy, self.micro_batches = policy, micro_batches
         #: (when, node, spare) of each eviction.
         self.evictions: list[tuple[float, NodeId, str]] = []
         self._every(0.3, self._keep)
@@ -79,7 +87,7 @@ class Sim:
         self.store.expire()
 
     def _measure(self) -> None:
-        """Sessions that step tell each other their speeds, some noise included; all micro-batches are shared equally."""
+        """Sessions that step tell each other their speeds, some noise included; shares are equal but for the caps."""
         current = self.round()
         if current is None or not self.world() or not all(self.nodes[s.node_id].sessions for s in current.seats):
             return
@@ -88,11 +96,15 @@ class Sim:
         seconds = []
         for seat in current.seats:
             seconds += [self.nodes[seat.node_id].speed * self.random.uniform(0.9, 1.1)] * seat.nproc
-        shares = tuple(4 for _ in seconds)
-        measured = Measured(seconds=tuple(seconds), shares=shares, balanced=True)
+        caps = self.caps(current) if self.micro_batches else ()
+        shares = choose_first(self.micro_batches, caps) if caps else tuple(4 for _ in seconds)
+        measured = Measured(seconds=tuple(seconds), shares=shares, balanced=True, caps=caps)
         for seat in current.seats:
             event = messages.SpeedsMeasured(round_number=current.number, measured=measured)
             self.after(0.001, lambda node=self.nodes[seat.node_id], event=event: node.post(event))
+
+    def caps(self, current: Round) -> tuple[int, ...]:
+        return tuple(min(self.nodes[seat.node_id].cap, self.micro_batches) for seat in current.seats)
 
     def evicted(self, effect: messages.ProposeRound) -> None:
         """What holds of every eviction, when it is written."""

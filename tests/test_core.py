@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -24,12 +25,14 @@ from elasticd.core.model import (
     Phase,
     Round,
     Seat,
+    StepLimits,
     Topology,
 )
 from elasticd.core.records import from_json, to_json
 from elasticd.core.rendezvous import (
     SETTLE_JOIN_S,
     NoFreshStore,
+    NoRoomForStep,
     NothingToChange,
     Over,
     Proposal,
@@ -43,6 +46,7 @@ from elasticd.core.rendezvous import (
 )
 from elasticd.core.scheduling import choose_job
 from elasticd.core.stages import TABLE, Stage, Trigger, advance, mermaid
+from elasticd.core.task import Task
 from elasticd.core.view import Entry, Job, Keyed, View
 from elasticd.errors import ProtocolError
 
@@ -70,7 +74,13 @@ def situation(current: Round | None, *members: Member, **more: object) -> Situat
     return Situation(**{"spec": spec(), "round": current, "members": known, "reachable": frozenset(known), **more})
 
 
+def limits(*caps: int, of: int = 9, replica_size: int = 1) -> StepLimits:
+    return StepLimits(micro_batches=of, caps=caps, replica_size=replica_size)
+
+
 A, B, C, D = (member(name) for name in "abcd")
+FOUR, FIVE, NINE = member("a", limits=limits(4, 4)), member("b", limits=limits(2, 3)), member("b", limits=limits(4, 5))
+WAITING = Round(number=3, phase=Phase.WAITING, cause=Cause.NODE_LOST)
 
 DECISIONS = [
     ("nobody else comes: start alone", situation(None, A), ("running", "start", "a")),
@@ -100,6 +110,15 @@ DECISIONS = [
     ("finished, then gone", situation(world(A, B), A, lost=frozenset("b"), finished=frozenset("ab")),
      ("succeeded", "finished", "")),
     ("stood still for somebody who went away", situation(world(A, B), A, B, parked=True), ("running", "join", "ab")),
+    ("the rest cannot hold a step", situation(world(FOUR, FIVE), FOUR, FIVE, lost=frozenset("b")),
+     ("waiting", "node_lost", "")),
+    ("the rest can", situation(world(FOUR, NINE), FOUR, NINE, lost=frozenset("a")), ("running", "node_lost", "b")),
+    ("a spare that has not run is like the others", situation(world(FOUR, FIVE), FOUR, FIVE, C, lost=frozenset("b")),
+     ("running", "node_lost", "ac")),
+    ("one that is no more than the others", situation(WAITING, FOUR, spec=spec(1, 1)), NoRoomForStep(8, 9)),
+    ("what an earlier agent's ranks said", situation(WAITING, replace(FOUR, nproc=3)), ("running", "join", "a")),
+    ("who contradict each other", situation(WAITING, FOUR, replace(FIVE, limits=limits(5, 5, of=99))),
+     ("running", "join", "ab")),
     ("every store is used", situation(None, member("a", store_port=0)), NoFreshStore()),
 ]  # fmt: skip
 
@@ -113,6 +132,23 @@ def test_decide_round(case: Situation, expected: object) -> None:
     wanted = decision.round
     assert (wanted.phase.value, wanted.cause.value, "".join(s.node_id for s in wanted.seats)) == expected
     assert wanted.number == (case.round.number + 1 if case.round else 1)
+
+
+def test_what_a_node_takes_of_a_step_is_known_once_all_its_ranks_have_said_so() -> None:
+    task = Task(spec=spec(), nproc=2)
+    for number, said, known in (
+        (1, {3: limits(2)}, None),
+        (1, {2: limits(5)}, limits(5, 2)),
+        (2, {2: limits(7)}, limits(5, 2)),  # of the round before
+        (2, {3: limits(1)}, limits(7, 1)),
+        (3, {2: limits(7), 3: None}, None),
+    ):
+        if number != task.started_round:
+            task.enter(number)
+        for rank, of_rank in said.items():
+            task.join(rank, of_rank)
+        assert task.limits == known
+        assert set(task.sessions) >= set(said)
 
 
 def test_nobody_is_waited_for_once_a_job_has_all_the_nodes_it_may_have() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from sim_store import TTL_S
 from simulation import Sim
 
 from elasticd.core import keys, messages
 from elasticd.core.model import Cause, JobId, JobSpec, NodeId, Phase
+from elasticd.core.proposer import LONGEST_RETRY_S
 from elasticd.core.records import to_json
 from elasticd.core.stages import Stage
 from elasticd.core.view import Entry
@@ -231,6 +233,18 @@ def test_a_round_that_cannot_be_read_is_left_alone() -> None:
         effects = node.machine.handle(changed, sim.now) + node.machine.handle(messages.Ticked(), sim.now + 5)
         assert not [effect for effect in effects if isinstance(effect, messages.ProposeRound)]
         assert node.machine.stage is Stage.RUNNING
+
+
+def test_what_the_store_refuses_again_and_again_is_not_proposed_at_its_pace() -> None:
+    """The lost node's record cannot be read, so no guard holds on it, until its lease ends."""
+    sim = cluster("abc")
+    lost = sim.nodes["c"]
+    sim.silence("c", frozen=True)
+    sim.store.apply({keys.node(NodeId("c")): ("of a newer kind", lost.lease)}, [])
+    assert sim.run(8, lambda: sorted(sim.world()) == ["a", "b"])
+    proposals = [at for name in "ab" for at, event, _ in sim.nodes[name].reports if event == "round_proposed"]
+    assert len(proposals) < 30
+    assert sim.now < TTL_S + LONGEST_RETRY_S + 0.5
 
 
 def test_a_node_that_shuts_down_leaves_in_order() -> None:

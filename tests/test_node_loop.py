@@ -20,7 +20,8 @@ from elasticd.cluster.peers import LinkSettings
 from elasticd.core import keys
 from elasticd.core.machine import Machine, Settings
 from elasticd.core.messages import Report, ShutdownRequested
-from elasticd.core.model import BootId, Capacity, JobId, JobSpec, Node, NodeId
+from elasticd.core.model import BootId, Capacity, JobId, JobSpec, Node, NodeId, StepLimits
+from elasticd.core.stragglers import Measured
 from elasticd.daemon.local import LocalServer
 from elasticd.daemon.node import NodeLoop, Setup
 from elasticd.errors import DuplicateNode, OperatorError
@@ -209,6 +210,33 @@ def test_what_workers_decide_about_their_shares_is_in_the_history(endpoint: str,
             assert {name: found[name] for name in said} == said
             assert (found["job"], found["round"]) == ("shares", number)
             writer.close()
+
+    asyncio.run(scenario())
+
+
+def test_how_much_of_a_step_workers_take_is_in_the_record_of_their_node(endpoint: str, tmp_path: Path) -> None:
+    """And in what their speeds are judged by. Scripts that divide their batches themselves say nothing of it."""
+
+    async def scenario() -> None:
+        async with hosts(endpoint, tmp_path, "o", job("limits")) as (node,):
+            await eventually(lambda: node.seats() == ["o"])
+            number = node.agent.rounds[-1][1]["number"]
+            hello = {"type": "worker_hello", "job": "limits", "round": number, "rank": 0}
+
+            def recorded() -> StepLimits | None:
+                return node.loop.machine.view.job(JobId("limits")).members[NodeId("o")].value.limits
+
+            limits = {"micro_batches": 8, "cap": 9, "replica_size": 1}
+            for said, expected in ((limits, StepLimits(micro_batches=8, caps=(9,))), ({}, None)):
+                _, writer = await asyncio.open_unix_connection(str(node.setup.socket_path))
+                writer.write(encode(hello | said))
+                await eventually(lambda expected=expected: recorded() == expected)
+                speeds = {"seconds": [0.1], "shares": [8], "balanced": True, "caps": [9], "weights": [2]}
+                writer.write(encode({"type": "speeds", "round": number, **speeds}))
+                speeds |= {"seconds": (0.1,), "shares": (8,), "caps": (9,), "weights": (2.0,)}
+                await eventually(lambda: node.loop.machine.task.speeds._latest is not None)
+                assert node.loop.machine.task.speeds._latest == Measured(**speeds)
+                writer.close()
 
     asyncio.run(scenario())
 

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import Sim
 
-from elasticd.core.model import BootId, Cause, JobId, JobSpec, Member, MemberState, NodeId, Phase, Round, Topology
+from elasticd.core.model import (
+    BootId,
+    Cause,
+    JobId,
+    JobSpec,
+    Member,
+    MemberState,
+    NodeId,
+    Phase,
+    Round,
+    StepLimits,
+    Topology,
+)
 from elasticd.core.rendezvous import NothingToChange, NoWholeReplicas, Situation, Wait, decide_round
 from elasticd.core.ring import LEVELS, crossings, seat_members
-from elasticd.core.seating import choose_members, why_spare
+from elasticd.core.seating import Room, choose_members, count_room, why_spare
 from elasticd.core.view import Keyed
 
 
@@ -55,6 +68,46 @@ def crowds(draw: st.DrawFn, largest: int = 7) -> list[Member]:
     return [
         member(f"n{i}", nproc, zone, rack) for i, (nproc, zone, rack) in enumerate(draw(places) for _ in range(count))
     ]
+
+
+def taking(name: str, *caps: int, of: int = 8, together: int = 1) -> Member:
+    return replace(member(name, len(caps)), limits=StepLimits(micro_batches=of, caps=caps, replica_size=together))
+
+
+@pytest.mark.parametrize(
+    ("ring", "held"),
+    [
+        ([taking("a", 4, 4), taking("b", 1)], 9),
+        ([taking("a", 4, 4, together=2), taking("b", 1, 9, together=2)], 5),
+        ([taking("a", 4, together=2), taking("b", 1, together=2)], 1),  # a replica on two nodes
+        ([taking("a", 4, 1), member("b", 3)], 17),  # b has not run: as those who take most
+        ([taking("a", 0, 0)], 0),
+        ([taking("a", 0, 0), member("b")], 8),
+        ([member("a"), member("b")], None),
+    ],
+)
+def test_the_room_for_a_step_is_that_of_whole_replicas(ring: list[Member], held: int | None) -> None:
+    assert count_room(ring) == (None if held is None else Room(held, 8))
+
+
+def test_the_room_is_that_of_the_order_in_which_they_will_sit() -> None:
+    """Halves of replicas on nodes of their own: a newcomer takes the place of the one that is lost, beside a."""
+    a, lost, c, d, newcomer = (
+        taking(name, cap, of=5, together=2) for name, cap in zip("abcde", (4, 4, 1, 1, 4), strict=True)
+    )
+    current = world(a, lost, c, d, per_replica=2)
+    members = {m.node_id: Keyed(m, age, age) for age, m in enumerate((a, c, d, newcomer))}
+    decision = decide_round(
+        Situation(
+            spec=spec(per_replica=2),
+            round=current,
+            members=members,
+            reachable=frozenset(members),
+            lost=frozenset({lost.node_id}),
+        )
+    )
+    assert not isinstance(decision, Wait)
+    assert [seat.node_id for seat in decision.round.seats] == ["a", "e", "c", "d"]
 
 
 # --- who ---

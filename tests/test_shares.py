@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from statistics import median_low
@@ -103,6 +104,33 @@ def test_shares_follow_speed_within_ten_steps_and_say_why(tmp_path: Path) -> Non
     first, other = speeds[0]["seconds"]
     assert 0 < first < other
     assert (sum(speeds[0]["shares"]), speeds[0]["balanced"]) == (COUNT, True)
+    assert not {"caps", "weights"} & speeds[0].keys()
+
+
+def train_limited(until: int) -> None:
+    """Run by a rank: shares by weights, of which rank 1 may not have its own."""
+    cap = 1 if os.environ["RANK"] == "1" else None
+    with Session(micro_batches=COUNT, max_micro_batches=cap, balance=(1, 2)) as session:
+        model = DistributedDataParallel(small())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        session.register(model=model, optimizer=optimizer)
+        for step in session.steps(until=until):
+            with step:
+                for inputs, targets in step.micro_batches(Points(), size=2):
+                    time.sleep(0.02)
+                    step.backward((model(inputs) - targets).square().mean())
+
+
+def test_the_daemon_hears_what_limits_the_shares(tmp_path: Path) -> None:
+    with FakeDaemon(tmp_path / "socket") as daemon:
+        env = {"ELASTICD_SOCKET": daemon.path, "ELASTICD_JOB_ID": "job", "ELASTICD_ROUND": "1"}
+        run_world(2, train_limited, 25, **env)
+        eventually(daemon.heard_out)
+        hellos, speeds = daemon.of_type("worker_hello"), daemon.of_type("speeds")
+    told = {hello["rank"]: (hello["micro_batches"], hello["cap"], hello["replica_size"]) for hello in hellos}
+    assert told == {0: (COUNT, COUNT, 1), 1: (COUNT, 1, 1)}
+    limits = {"shares": [7, 1], "balanced": False, "caps": [COUNT, 1], "weights": [1, 2]}
+    assert speeds[0].items() >= limits.items()
 
 
 def test_balance_off_gives_equal_shares() -> None:

@@ -133,6 +133,29 @@ def test_an_eviction_is_written_with_its_round_or_not_at_all(store: MemoryStore)
     assert from_json(Round, held.value).number == 1
 
 
+def test_a_record_whose_own_lease_ended_meanwhile_does_not_cost_the_nodes(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node's keys would stand on a lease that nobody keeps alive, and no member record could be written."""
+    heard: list[Event] = []
+    keeper = keeper_of(store, heard)
+    keeper._carry_out(messages.Register())
+    held = store.get(keys.node(ME))
+    assert held is not None
+    grant = store.grant
+
+    def too_late(ttl_s: int) -> int:
+        lease = grant(ttl_s)
+        store.revoke(lease)
+        return lease
+
+    monkeypatch.setattr(store, "grant", too_late)
+    last = Round(number=1, phase=Phase.CANCELLED, cause=Cause.CANCELLED)
+    keeper._carry_out(messages.ProposeRound(job_id=JOB, round=last, expected_mod_revision=0, guards=(), linger_s=60))
+    assert heard[1:] == [WriteFinished(write=messages.Write.ROUND, succeeded=False)]
+    assert keeper._lease == held.lease
+
+
 def test_a_record_of_our_own_id_that_cannot_be_read_is_the_operators(store: MemoryStore) -> None:
     store.put(keys.node(ME), '{"from": "the future"}')
     with pytest.raises(OperatorError, match="node id 'a' in etcd cannot be read"):

@@ -9,9 +9,12 @@ from dataclasses import replace
 import pytest
 from simulation import Sim
 
+from elasticd.commands.status import describe, render
 from elasticd.core import keys, messages
-from elasticd.core.model import BootId, Cause, JobId, JobSpec, NodeId, Seat
+from elasticd.core.model import BootId, Cause, JobId, JobSpec, Member, NodeId, Phase, Round, Seat
 from elasticd.core.records import to_json
+from elasticd.core.rendezvous import NoRoomForStep
+from elasticd.core.ring import seat_members
 from elasticd.core.stragglers import (
     WINDOWS,
     Exchange,
@@ -22,6 +25,7 @@ from elasticd.core.stragglers import (
     Suspect,
     SuspectKept,
     Why,
+    _ranks_without,
     find_suspect,
     judge_suspect,
 )
@@ -143,6 +147,63 @@ def test_a_balanced_job_is_better_off_with_a_slow_node_and_an_unbalanced_one_wit
     assert watched(0.1, 0.1, 0.14).gain_without(C) < 0
 
 
+def test_the_others_take_no_more_than_their_caps_in_a_world_without_the_slow_node() -> None:
+    speeds = (0.1, 0.1, 1.0)
+    assert watched(*speeds, shares=(4, 4, 4), balanced=True).gain_without(C) == pytest.approx(1 - 0.6 / 4.0)
+    capped = watched(*speeds, shares=(4, 4, 4), balanced=True, caps=(4, 9, 9))
+    assert capped.gain_without(C) == pytest.approx(1 - 0.8 / 4.0)  # 4 and 8
+    for balanced in (True, False):
+        watch = watched(0.1, 1.0, shares=(4, 4), balanced=balanced, caps=(4, 4))
+        assert watch.gain_without(B) == -math.inf, "nobody can hold the 8 micro-batches alone"
+
+
+def test_the_caps_of_replicas_within_nodes_go_with_them() -> None:
+    watch = watched(0.1, 0.1, 0.1, 0.1, 0.4, 0.4, world=seats(2, 2, 2), shares=(4, 4, 4), caps=(3, 9, 12))
+    assert watch.gain_without(C) == pytest.approx(1 - 0.9 / 1.6)
+    # c is the first then.
+    assert watch.gain_without(A) == pytest.approx(1 - 2.4 / 1.6)
+
+
+def test_shares_in_given_proportions_are_those_of_a_world_without_the_slow_node_too() -> None:
+    watch = watched(0.1, 0.4, 0.1, shares=(1, 2, 5), weights=(1.0, 2.0, 5.0))
+    # 3 and 5, by weights 1 and 2: equal shares would be 4 and 4.
+    assert watch.gain_without(B) == pytest.approx(1 - 0.5 / 0.8)
+    # c takes the place of a, and its weight; b keeps its own.
+    assert watch.gain_without(A) == pytest.approx(1 - 2.0 / 0.8)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 1), (1, 2, 3), (2, 1, 2, 1)])
+def test_ranks_without_a_node_are_in_the_order_of_the_world_that_follows(sizes: tuple[int, ...]) -> None:
+    before = seats(*sizes)
+    current = Round(number=1, phase=Phase.RUNNING, cause=Cause.START, seats=tuple(before))
+    for gone in before:
+        members = {
+            seat.node_id: Member(node_id=seat.node_id, boot_id=seat.boot_id, address="", nproc=seat.nproc)
+            for seat in before
+            if seat is not gone
+        }
+        after = seat_members(members, current)
+        first = {seat.node_id: seat.first_rank for seat in before}
+        expected = [first[seat.node_id] + rank for seat in after for rank in range(seat.nproc)]
+        assert _ranks_without(gone.node_id, before) == expected
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        {"shares": (0, 0)},
+        {"shares": (9, -1)},
+        {"shares": (4, 4), "caps": (4,)},
+        {"shares": (4, 4), "caps": (9, -1)},
+        {"shares": (4, 4), "weights": (1.0, math.nan)},
+        {"shares": (4, 4), "weights": (0.0,)},
+    ],
+)
+def test_figures_that_would_break_a_decision_are_refused(junk: dict) -> None:
+    with pytest.raises(ValueError, match=next(reversed(junk))):
+        SpeedWatch().add(Measured(seconds=(0.1, 0.1), **junk), seats(1, 1), FACTOR, 0.0)
+
+
 def suspect(gain: float = 0.5, *, budget_left: bool = True) -> Suspect:
     return Suspect(node_id=B, grounds=Grounds.SLOW, reason="slow", gain=gain, budget_left=budget_left)
 
@@ -255,6 +316,70 @@ def test_the_minimum_is_never_broken() -> None:
     assert [told["why"] for told in events(sim, "straggler_kept")] == ["too_few_nodes"]
 
 
+def capped(names: str, micro_batches: int, *, seed: int = 0, maximum: int = 3) -> Sim:
+    """A step has so many micro-batches, of which a rank takes 4 at most."""
+    sim = Sim(seed, spec=spec(maximum=maximum), policy=GENEROUS, micro_batches=micro_batches)
+    for name in names:
+        sim.add(name, sessions=True).cap = 4
+    assert sim.run(10, lambda: len(sim.world()) == min(len(names), maximum)), sim.round()
+    sim.run(1)
+    return sim
+
+
+@pytest.mark.parametrize("sick", [False, True])
+def test_no_eviction_leaves_a_world_that_cannot_hold_a_step(sick: bool) -> None:
+    sim = capped("ab", 8)
+    name = sim.world()[-1]
+    if sick:
+        sim.nodes[name].post(messages.GpuTroubled(trouble="GPU 0: uncorrectable ECC errors"))
+    else:
+        sim.nodes[name].speed = 0.1
+    sim.run(200)
+    assert (sim.round().number, sorted(sim.world())) == (1, ["a", "b"])
+    assert [told["why"] for told in events(sim, "straggler_kept")] == ["too_few_nodes"]
+
+
+def test_a_slow_node_goes_where_the_others_can_hold_a_step() -> None:
+    sim = capped("abc", 8)
+    slow = slow_seat(sim)
+    assert sim.run(60, lambda: len(sim.world()) == 2 and slow not in sim.world())
+    assert sim.round().restarts_by(Cause.WORKER_FAILED) == 0
+
+
+def test_nodes_that_cannot_hold_a_step_wait_for_others_and_say_so() -> None:
+    """Whoever comes back has not run yet: it is taken to be like those that have."""
+    sim = capped("abc", 12)
+    left, *lost = sim.world()
+    for name in lost:
+        sim.kill(name)
+    assert sim.run(10, lambda: sim.round().phase is Phase.WAITING)
+    assert "at most 4 of a step's 12 micro-batches" in sim.round().reason
+    sim.add(lost[0], sessions=True).cap = 4
+    sim.run(10)
+    assert sim.round().phase is Phase.WAITING
+    assert sim.nodes[left].machine._proposer.reason == NoRoomForStep(8, 12)
+    found = describe(sim.nodes[left].machine.view, {})
+    (told,) = [job["reason"] for job in found["jobs"]]
+    assert "at most 8 of a step's 12 micro-batches" in told
+    assert [str(part) for part in render(found).renderables if told in str(part)] == [f"job: {told}"]
+    sim.add(lost[1], sessions=True).cap = 4
+    assert sim.run(10, lambda: len(sim.world()) == 3)
+    sim.run(10)
+    assert sim.round().restarts_by(Cause.WORKER_FAILED) == 0
+    (job,) = describe(sim.nodes[left].machine.view, {})["jobs"]
+    assert job["reason"] == ""
+
+
+def test_a_drained_node_without_which_no_step_fits_leaves_and_the_job_waits() -> None:
+    sim = capped("ab", 8)
+    name = sim.world()[-1]
+    sim.store.apply({keys.drain(NodeId(name)): ("1", 0)}, [])
+    assert sim.run(20, lambda: sim.round().phase is Phase.WAITING)
+    sim.store.apply({}, [keys.drain(NodeId(name))])
+    assert sim.run(20, lambda: sorted(sim.world()) == ["a", "b"])
+    assert sim.round().restarts_by(Cause.WORKER_FAILED) == 0
+
+
 def test_without_budget_or_when_switched_off_nobody_goes() -> None:
     for policy in (replace(GENEROUS, budget=0.0), replace(GENEROUS, enabled=False)):
         sim = cluster("abc", policy=policy)
@@ -310,6 +435,16 @@ def test_a_quarantined_node_is_free_again_when_the_operator_says_so() -> None:
     sim.store.apply({}, [keys.quarantine(NodeId(slow)), keys.offences(NodeId(slow))])
     assert sim.run(20, lambda: sim.nodes[slow].machine.task is not None)
     assert slow not in sim.world()
+
+
+def test_nobody_is_evicted_while_the_tally_cannot_be_read() -> None:
+    """The world would stand still at a boundary, for a transaction that never holds."""
+    sim = cluster("abc")
+    sim.store.apply({keys.TALLY: ("of a newer kind", 0)}, [])
+    slow_seat(sim)
+    sim.run(60)
+    assert (sim.round().number, len(sim.world())) == (1, 2)
+    assert not any(node.boundary for node in sim.nodes.values())
 
 
 def test_the_exchange_and_its_records_are_one_whoever_dies() -> None:
@@ -413,3 +548,28 @@ def test_random_mixtures_keep_the_minimum_the_budget_and_the_peace(seed: int) ->
     number = sim.round().number
     sim.run(100)
     assert sim.round().number == number, "the world changes without a cause"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_mixtures_run_no_world_that_cannot_hold_a_step(seed: int) -> None:
+    """Two nodes hold one. Its workers would fail, and without a budget of restarts the job with them."""
+    chance = random.Random(seed)
+    sim = capped("abcde", 8, seed=seed)
+    for _ in range(15):
+        name = chance.choice(sorted(sim.nodes))
+        node = sim.nodes[name]
+        match chance.randrange(4):
+            case 0:
+                node.speed = chance.choice([0.01, 0.08])
+            case 1 | 2 if node.alive and len(sim.live()) > 1:
+                sim.kill(name)
+            case 3 if not node.alive:
+                sim.add(name, sessions=True).cap = 4
+        sim.run(chance.uniform(2, 60))
+        current = sim.round()
+        assert len(current.seats) >= 2 if current.phase is Phase.RUNNING else current.phase is Phase.WAITING
+    for name in sorted(sim.nodes):
+        if not sim.nodes[name].alive:
+            sim.add(name, sessions=True).cap = 4
+    assert sim.run(60, lambda: len(sim.world()) == 3)
+    assert sim.round().restarts_by(Cause.WORKER_FAILED) == 0

@@ -21,7 +21,7 @@ from elasticd.cluster.store import Store
 from elasticd.commands.connect import open_cluster
 from elasticd.core.model import JobId, Node
 from elasticd.core.records import to_plain
-from elasticd.core.seating import why_spare
+from elasticd.core.seating import why_spare, why_waiting
 from elasticd.core.view import Job, View
 from elasticd.errors import StoreUnavailable
 
@@ -138,6 +138,7 @@ def _job(job_id: JobId, job: Job, checkpoint: Mapping[str, Any] | None) -> dict[
         "max_restarts": spec.max_restarts if spec else 0,
         "checkpoint": dict(checkpoint) if checkpoint else None,
         "failure": to_plain(current.failure) if current and current.failure else None,
+        "reason": why_waiting(job),
     }
 
 
@@ -145,6 +146,8 @@ def render(found: Mapping[str, Any]) -> Group:
     """Two tables, and a line for what is wrong."""
     parts: list[Any] = [_nodes_table(found.get("nodes", [])), _jobs_table(found.get("jobs", []))]
     for job in found.get("jobs", []):
+        if job["reason"]:
+            parts.append(_wrong(job["job"], f": {job['reason']}"))
         if job["failure"]:
             failure = job["failure"]
             where = f"node {failure['node_id']}, rank {failure['rank']}, exit code {failure['exit_code']}"

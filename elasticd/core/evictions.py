@@ -40,7 +40,12 @@ def note_speeds(task: Task, event: SpeedsMeasured, now: float) -> str:
 
 
 def suspect_of(task: Task, job: Job, view: View, policy: Policy, now: float) -> Suspect | None:
-    """Whether a seat of the job should change hands; None also while another cause may have stopped the steps."""
+    """Whether a seat of the job should change hands; None also while another cause may have stopped the steps.
+
+    A tally that cannot be read is a newer daemon's: no eviction could move it on.
+    """
+    if keys.TALLY in view.unreadable:
+        return None
     if not policy.enabled or task.spec.straggler_factor <= 0 or job.round is None:
         return None
     troubles = {

@@ -116,7 +116,7 @@ class Machine:
             case messages.LeaseLost():
                 yield Report(event="lease_lost")
             case messages.WriteFinished():
-                yield from self._write_finished(event)
+                yield from self._write_finished(event, now)
             case messages.PeerUp() | messages.PeerDown():
                 yield from self._link_changed(event, now)
             case messages.ShutdownRequested():
@@ -159,7 +159,7 @@ class Machine:
     def _absorb_session(self, event: Event, task: Task, now: float) -> Iterator[Effect]:
         match event:
             case messages.SessionJoined() if event.round_number == task.started_round:
-                task.sessions[event.rank] = None
+                task.join(event.rank, event.limits)
             case messages.SessionLeft() if event.round_number == task.started_round:
                 task.sessions.pop(event.rank, None)
             case messages.StepCompleted() if event.round_number == task.started_round:
@@ -176,9 +176,11 @@ class Machine:
             case _:
                 pass  # about an older round: its workers are being stopped
 
-    def _write_finished(self, event: messages.WriteFinished) -> Iterator[Effect]:
+    def _write_finished(self, event: messages.WriteFinished, now: float) -> Iterator[Effect]:
         self._in_flight.discard(event.write)
         self._written_revision = max(self._written_revision, event.revision)
+        if event.write is Write.ROUND and event.known:
+            self._proposer.answered(accepted=event.succeeded, now=now)
         if event.write is Write.REGISTER and event.succeeded:
             yield Report(event="registered")
         if not event.known or not event.succeeded:
@@ -243,7 +245,7 @@ class Machine:
         sick = bool(self.trouble) and not (fixed and fixed.max_nodes == 1)  # who is alone leaves his job to nobody
         away = self.leaving_since is not None or me in self.view.cordoned or sick
         if self.stage is Stage.IDLE and not self._exited and self.view.loaded:
-            spec = self._fixed_job(fixed) if fixed else self._open_job()
+            spec = self._fixed_job(fixed) if fixed else None if away else self._open_job()
             if spec is not None and not away:
                 yield from self._take(spec)
         elif self.task is not None and self.stage in (Stage.WAITING, Stage.PREPARING):

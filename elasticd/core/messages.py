@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from elasticd.core.memory import Need
-from elasticd.core.model import BootId, Failure, JobId, JobSpec, Member, NodeId, Round
+from elasticd.core.model import BootId, Failure, JobId, JobSpec, Member, NodeId, Round, StepLimits
 from elasticd.core.stragglers import Eviction, Measured, Offences, Quarantine, Tally
 from elasticd.core.view import Entry
 
@@ -136,8 +136,11 @@ class WorkersStopped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionJoined:
+    """``limits``: of this rank alone; None where its script divides its batches itself."""
+
     round_number: int
     rank: int
+    limits: StepLimits | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

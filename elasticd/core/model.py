@@ -140,6 +140,19 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepLimits:
+    """How much of a job's step its training scripts take (``Session(max_micro_batches=...)``).
+
+    ``caps``: of a step's ``micro_batches``, the most for each rank, in order. ``replica_size``: so many ranks in a row
+    compute a micro-batch together.
+    """
+
+    micro_batches: int
+    caps: tuple[int, ...]
+    replica_size: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
     """``jobs/<job>/members/<node>``: a node that takes part in a job, or wants to.
 
@@ -147,6 +160,7 @@ class Member:
     READY says that the member can enter any later round. ``store_port`` is where its rendezvous store for the next
     round already listens (0: none yet). ``unreachable``: lives of nodes that this member's own links have lost, and
     that hold no seat now: they are not let in beside it before its link is up again. ``trouble``: of a GPU, or "".
+    ``limits``: as the node's workers said when they last ran; None before that, or where they said nothing.
     """
 
     node_id: NodeId
@@ -160,6 +174,7 @@ class Member:
     failure: Failure | None = None
     unreachable: tuple[BootId, ...] = ()
     trouble: str = ""
+    limits: StepLimits | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

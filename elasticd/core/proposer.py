@@ -16,6 +16,10 @@ from elasticd.core.rendezvous import Proposal, Reason, Situation, Wait, decide_r
 #: Between the turns of two members; twenty times what a transaction and its watch take.
 TURN_S = 0.1
 LAST_TURN = 10
+#: A proposal that is refused is made again at once, on what the store holds by then: another node was faster. Refused
+#: again it waits, twice as long each time. It may be for long: no guard holds on a record that cannot be read.
+RETRY_S = 0.05
+LONGEST_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +40,13 @@ class Proposer:
         self.reason: Reason | None = None
         self._wish: tuple[object, ...] = ()
         self._since = 0.0
+        self._refused, self._not_before = 0, 0.0
+
+    def answered(self, *, accepted: bool, now: float) -> None:
+        """What the store made of the last proposal."""
+        self._refused = 0 if accepted else self._refused + 1
+        if self._refused > 1:
+            self._not_before = now + min(LONGEST_RETRY_S, RETRY_S * 2 ** min(self._refused - 2, 10))
 
     def consider(self, situation: Situation, place: int | None, boundary_at: float | None, now: float) -> Due:
         """``place``: turns to wait for older members. ``boundary_at``: when a planned change may go on without
@@ -61,7 +72,8 @@ class Proposer:
         wish = (wanted.number, wanted.phase, wanted.cause, wanted.seats, decision.evict)
         if wish != self._wish:
             self._wish, self._since = wish, now
-        return self._since + decision.settle_s + TURN_S * min(place, LAST_TURN)
+            self._refused, self._not_before = 0, 0.0
+        return max(self._since + decision.settle_s + TURN_S * min(place, LAST_TURN), self._not_before)
 
 
 def _need(situation: Situation, decision: Proposal) -> Need:

@@ -21,7 +21,7 @@ from elasticd.core.model import (
     Seat,
 )
 from elasticd.core.ring import seat_members
-from elasticd.core.seating import choose_members
+from elasticd.core.seating import Room, choose_members, count_room
 from elasticd.core.stragglers import Exchange, Grounds, Suspect, SuspectKept, judge_suspect
 from elasticd.core.view import Keyed
 
@@ -78,6 +78,14 @@ class NoWholeReplicas:
 
 
 @dataclass(frozen=True, slots=True)
+class NoRoomForStep:
+    """Those who are there take no more than ``held`` of a step's ``micro_batches`` together."""
+
+    held: int
+    micro_batches: int
+
+
+@dataclass(frozen=True, slots=True)
 class StillPreparing:
     nodes: tuple[NodeId, ...]
 
@@ -103,7 +111,15 @@ class Over:
 
 
 Reason = (
-    TooFewNodes | NoWholeReplicas | StillPreparing | Unsettled | NoFreshStore | NothingToChange | SuspectKept | Over
+    TooFewNodes
+    | NoWholeReplicas
+    | NoRoomForStep
+    | StillPreparing
+    | Unsettled
+    | NoFreshStore
+    | NothingToChange
+    | SuspectKept
+    | Over
 )
 
 
@@ -147,8 +163,7 @@ def _start(situation: Situation) -> Proposal | Wait:
     if len(ready) < situation.spec.min_nodes:
         return Wait(TooFewNodes(len(ready), situation.spec.min_nodes))
     if not _chosen(situation, ready):
-        ranks = sum(situation.members[node].value.nproc for node in ready)
-        return Wait(NoWholeReplicas(ranks, situation.spec.ranks_per_replica))
+        return Wait(_why_no_world(situation, ready))
     cause = Cause.START if situation.round is None else Cause.JOIN
     return _world(situation, ready, cause, settle_s=_settle_join_s(situation, ready))
 
@@ -298,6 +313,7 @@ def _world(
     previous = situation.round
     chosen = _chosen(situation, candidates)
     enough = bool(chosen)
+    room = None if enough else _room(situation, _whole(situation, candidates))
     members = {node: situation.members[node].value for node in chosen}
     seats = seat_members(members, previous, situation.spec.ranks_per_replica)
     store = _store(seats, members, previous)
@@ -313,6 +329,7 @@ def _world(
         store_port=port,
         restarts=count_restart(previous, cause),
         failure=failure,
+        reason="" if enough or room is None else room.explain(),
     )
     return Proposal(round=written, evict=evict, planned=planned, settle_s=settle_s)
 
@@ -338,9 +355,32 @@ def count_restart(previous: Round | None, cause: Cause) -> tuple[tuple[Cause, in
 
 
 def _chosen(situation: Situation, candidates: Sequence[NodeId]) -> list[NodeId]:
-    """Those of them that make a world; empty when they are too few, or no whole replicas."""
+    """Those of them that make a world; empty when they are too few, no whole replicas, or cannot hold a step."""
+    chosen = _whole(situation, candidates)
+    room = _room(situation, chosen)
+    return [] if room is not None and room.short else chosen
+
+
+def _whole(situation: Situation, candidates: Sequence[NodeId]) -> list[NodeId]:
     members = [situation.members[node].value for node in candidates]
     return choose_members(members, situation.round, situation.spec)
+
+
+def _room(situation: Situation, chosen: Sequence[NodeId]) -> Room | None:
+    """What a world of these takes of a step; None where nobody knows."""
+    members = {node: situation.members[node].value for node in chosen}
+    if not any(member.limits for member in members.values()):
+        return None
+    seats = seat_members(members, situation.round, situation.spec.ranks_per_replica)
+    return count_room([members[seat.node_id] for seat in seats])
+
+
+def _why_no_world(situation: Situation, candidates: Sequence[NodeId]) -> NoWholeReplicas | NoRoomForStep:
+    room = _room(situation, _whole(situation, candidates))
+    if room is not None:
+        return NoRoomForStep(room.held, room.micro_batches)
+    ranks = sum(situation.members[node].value.nproc for node in candidates)
+    return NoWholeReplicas(ranks, situation.spec.ranks_per_replica)
 
 
 def _store(seats: Sequence[Seat], members: Mapping[NodeId, Member], previous: Round | None) -> tuple[str, int] | None:

@@ -5,6 +5,9 @@ Seats are kept before newcomers are let in, up to the limit of nodes. When the r
 the world is as large as can be. Nodes may have different numbers of ranks, a node several replicas, and a replica
 several nodes. Of like nodes those are left out that leave whole replicas in each zone, rack and switch.
 
+A world must hold a step, too: where ranks take no more than so many micro-batches, nodes that are too few for one are
+no world. Whom to let in for that is not weighed.
+
 Not here: who may be seated (rendezvous.py), and where (ring.py).
 """
 
@@ -14,8 +17,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from elasticd.core.model import JobSpec, Member, NodeId, Round
+from elasticd.core.model import JobSpec, Member, MemberState, NodeId, Round
 from elasticd.core.ring import LEVELS, count_ranks
+from elasticd.core.view import Job
 
 
 def choose_members(candidates: Sequence[Member], previous: Round | None, spec: JobSpec) -> list[NodeId]:
@@ -136,6 +140,55 @@ def _domains(member: Member) -> list[tuple[str, ...]]:
     """Its zone, its rack in that zone, its switch in that rack."""
     key = member.topology.key()
     return [key[: level + 1] for level in range(LEVELS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What members take of a step together, at most: ``held`` of its ``micro_batches``."""
+
+    held: int
+    micro_batches: int
+
+    @property
+    def short(self) -> bool:
+        return self.held < self.micro_batches
+
+    def explain(self) -> str:
+        """Why a job waits, for people."""
+        return (
+            f"its nodes take at most {self.held} of a step's {self.micro_batches} micro-batches together "
+            "(max_micro_batches): it waits for more"
+        )
+
+
+def count_room(ring: Sequence[Member]) -> Room | None:
+    """Of the members in the order of their ranks; None where they have said nothing, or do not say the same.
+
+    Who has not said anything yet (its workers have not run) is taken to be like those who take most.
+    """
+    said = [member.limits for member in ring if member.limits is not None]
+    steps = {(limits.micro_batches, limits.replica_size) for limits in said}
+    if len(steps) != 1:
+        return None
+    ((micro_batches, together),) = steps
+    most = max((cap for limits in said for cap in limits.caps), default=0) or micro_batches
+    caps = [cap for member in ring for cap in _caps(member) or (most,) * member.nproc]
+    held = sum(min(caps[start : start + together]) for start in range(0, len(caps), together))
+    return Room(held, micro_batches)
+
+
+def _caps(member: Member) -> tuple[int, ...]:
+    """Of each of its ranks, as it has them now; empty where that is not known."""
+    caps = member.limits.caps if member.limits is not None else ()
+    return caps if len(caps) == member.nproc else ()
+
+
+def why_waiting(job: Job) -> str:
+    """Why a job without a world has none although its nodes may be enough, for people; empty when that is not it."""
+    if job.over or (job.round is not None and job.round.value.seats):
+        return ""
+    room = count_room([held.value for held in job.members.values() if held.value.state is not MemberState.LEAVING])
+    return room.explain() if room is not None and room.short else ""
 
 
 def why_spare(spec: JobSpec, current: Round | None) -> str:

@@ -23,10 +23,14 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from statistics import median, median_low
+from typing import TypeVar
 
 from elasticd.core.balance import Rebalanced, choose_first, choose_shares, is_measure, step_seconds
 from elasticd.core.model import JobId, NodeId, OpenEnum, Seat
+
+T = TypeVar("T")
 
 #: The median of so many measures of a rank counts, and as many are needed before it is judged.
 WINDOWS = 5
@@ -58,12 +62,15 @@ class Measured:
     """What the ranks of a round told each other, by rank: seconds, 0 where there is no measure.
 
     ``shares``: of a step's micro-batches, one for each replica, which is one rank or several in a row; empty where a
-    script divides its batch equally itself. ``balanced``: whether they follow speed.
+    script divides its batch equally itself. ``balanced``: whether they follow speed. ``caps``: the most that each
+    replica takes; empty where none has a limit. ``weights``: of shares that somebody gave, as choose_first takes them.
     """
 
     seconds: tuple[float, ...]
     shares: tuple[int, ...] = ()
     balanced: bool = False
+    caps: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,10 +193,7 @@ class SpeedWatch:
     def add(self, measured: Measured, seats: Sequence[Seat], factor: float, now: float) -> None:
         """ValueError when there is not one measure for each rank of these seats, or the shares do not fit them."""
         size = sum(seat.nproc for seat in seats)
-        if len(measured.seconds) != size:
-            raise ValueError(f"speeds of {len(measured.seconds)} ranks in a world of {size}")
-        if measured.shares and size % len(measured.shares):
-            raise ValueError(f"shares of {len(measured.shares)} replicas in a world of {size}")
+        _check(measured, size)
         if not self._windows:
             self._windows = [deque(maxlen=WINDOWS) for _ in range(size)]
         for windows, seconds in zip(self._windows, measured.seconds, strict=True):
@@ -212,17 +216,24 @@ class SpeedWatch:
         return node, self.slowdowns[node], now - self._since[node]
 
     def gain_without(self, node_id: NodeId) -> float:
-        """The part by which a step gets shorter when the others do the node's work; negative: longer."""
-        if self._latest is None:
+        """The part by which a step gets shorter when the others do the node's work; negative: longer.
+
+        0 where that is not known; -inf where the others cannot hold a step.
+        """
+        latest = self._latest
+        if latest is None:
             return 0.0
         of_ranks = [median(windows) if windows else 0.0 for windows in self._windows]
-        together = self._replica_size
-        usual = [max(of_ranks[start : start + together]) for start in range(0, len(of_ranks), together)]
-        theirs = {rank // together for seat in self._seats if seat.node_id == node_id for rank in _ranks(seat)}
-        others = [each for replica, each in enumerate(usual) if replica not in theirs]
+        left, together = _ranks_without(node_id, self._seats), self._replica_size
+        usual = [max(each) for each in _in_replicas(of_ranks, together)]
+        others = [max(each) for each in _in_replicas([of_ranks[rank] for rank in left], together)]
         if not others or not all(map(is_measure, others)):
             return 0.0
-        return _gain(self._latest, usual, others)
+        if not latest.shares:  # each rank computes an equal part of the batch, which grows as ranks go
+            return _gain(max(usual), max(others) * len(usual) / len(others))
+        most = latest.caps or [sum(latest.shares)] * len(usual)
+        caps = [min(each) for each in _in_replicas([most[rank // together] for rank in left], together)]
+        return _gain(step_seconds(latest.shares, usual), _alone_s(latest, others, caps))
 
     @property
     def _replica_size(self) -> int:
@@ -251,20 +262,47 @@ class SpeedWatch:
                 self._since.pop(seat.node_id, None)
 
 
+def _check(measured: Measured, size: int) -> None:
+    shares, caps, weights = measured.shares, measured.caps, measured.weights
+    if len(measured.seconds) != size:
+        raise ValueError(f"speeds of {len(measured.seconds)} ranks in a world of {size}")
+    if shares and size % len(shares):
+        raise ValueError(f"shares of {len(shares)} replicas in a world of {size}")
+    if shares and (min(shares) < 0 or sum(shares) < 1):
+        raise ValueError(f"shares {list(shares)} make no step")
+    if caps and (len(caps) != len(shares) or min(caps) < 0):
+        raise ValueError(f"caps {list(caps)} of {len(shares)} replicas")
+    if not all(map(is_measure, weights)):
+        raise ValueError(f"weights {list(weights)} are not positive numbers")
+
+
 def _ranks(seat: Seat) -> range:
     return range(seat.first_rank, seat.first_rank + seat.nproc)
 
 
-def _gain(latest: Measured, usual: Sequence[float], others: Sequence[float]) -> float:
-    if not latest.shares:  # each rank computes an equal part of the batch, which grows as ranks go
-        before_s, after_s = max(usual), max(others) * len(usual) / len(others)
-    else:
-        micro_batches = sum(latest.shares)
-        caps = [micro_batches] * len(others)
-        shares = choose_first(micro_batches, caps)
-        before_s = step_seconds(latest.shares, usual)
-        best = choose_shares(shares, others, caps) if latest.balanced else None
-        after_s = step_seconds(best.shares if isinstance(best, Rebalanced) else shares, others)
+def _ranks_without(node_id: NodeId, seats: Sequence[Seat]) -> list[int]:
+    """Of the others, in the order of a world without it: the last one takes the place that gets free (ring.py)."""
+    *first, last = seats
+    if last.node_id != node_id:
+        first = [last if seat.node_id == node_id else seat for seat in first]
+    return [rank for seat in first for rank in _ranks(seat)]
+
+
+def _in_replicas(of_ranks: Sequence[T], together: int) -> list[Sequence[T]]:
+    return [of_ranks[start : start + together] for start in range(0, len(of_ranks), together)]
+
+
+def _alone_s(latest: Measured, seconds: Sequence[float], caps: Sequence[int]) -> float:
+    """How long a step takes these replicas, with the shares that the workers would choose; inf: they cannot hold it."""
+    micro_batches = sum(latest.shares)
+    if sum(caps) < micro_batches:
+        return inf
+    shares = choose_first(micro_batches, caps, latest.weights)
+    best = choose_shares(shares, seconds, caps) if latest.balanced else None
+    return step_seconds(best.shares if isinstance(best, Rebalanced) else shares, seconds)
+
+
+def _gain(before_s: float, after_s: float) -> float:
     return 1 - after_s / before_s if before_s > 0 else 0.0
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from elasticd.core.deadline import StepDeadline
-from elasticd.core.model import BootId, Failure, JobSpec, Member, MemberState, Node, NodeId, Round
+from elasticd.core.model import BootId, Failure, JobSpec, Member, MemberState, Node, NodeId, Round, StepLimits
 from elasticd.core.stages import Stage
 from elasticd.core.stragglers import SpeedWatch
 from elasticd.core.view import Job
@@ -33,6 +34,8 @@ class Task:
     deadline: StepDeadline = field(default_factory=StepDeadline)
     speeds: SpeedWatch = field(default_factory=SpeedWatch)
     told: set[object] = field(default_factory=set)  # of the speeds of this round: what was reported once
+    limits: StepLimits | None = None  # as all ranks of this node said together, in whichever round
+    said: dict[int, StepLimits | None] = field(default_factory=dict)  # by rank, in this round
 
     def parked(self) -> bool:
         return bool(self.sessions) and all(step is not None for step in self.sessions.values())
@@ -43,7 +46,14 @@ class Task:
         self.sessions, self.finished = {}, set()
         self.deadline.reset()
         self.speeds.reset()
-        self.told = set()
+        self.told, self.said = set(), {}
+
+    def join(self, rank: int, limits: StepLimits | None) -> None:
+        """A session of this round. What its node takes of a step is known once all of its ranks have said so."""
+        self.sessions[rank] = None
+        self.said[rank] = limits
+        if len(self.said) >= self.nproc:
+            self.limits = _united([self.said[rank] for rank in sorted(self.said)])
 
     def remember(self, current: Round, job: Job) -> None:
         """Members that ended well may leave before the others have."""
@@ -86,4 +96,13 @@ class Task:
             failure=self.failure if state is MemberState.FAILED else None,
             unreachable=unreachable,
             trouble=trouble,
+            limits=self.limits,
         )
+
+
+def _united(of_ranks: Sequence[StepLimits | None]) -> StepLimits | None:
+    """None unless all said something."""
+    said = [limits for limits in of_ranks if limits is not None]
+    if not said or len(said) < len(of_ranks):
+        return None
+    return replace(said[0], caps=tuple(cap for limits in said for cap in limits.caps))

@@ -17,7 +17,7 @@ from typing import Protocol
 from elasticd.channel import MAX_LINE_BYTES, Channel, Message, decode, encode
 from elasticd.core import messages
 from elasticd.core.messages import Event
-from elasticd.core.model import Failure, JobId, NodeId
+from elasticd.core.model import Failure, JobId, NodeId, StepLimits
 from elasticd.core.stragglers import Measured
 from elasticd.errors import ChannelClosed, OperatorError, ProtocolError
 
@@ -163,7 +163,8 @@ class LocalServer:
             case "worker_hello":
                 caller.kind, caller.job_id = "worker", JobId(str(message["job"]))
                 caller.round_number, caller.rank = int(message["round"]), int(message["rank"])
-                self._post(messages.SessionJoined(round_number=caller.round_number, rank=caller.rank))
+                number, rank = caller.round_number, caller.rank
+                self._post(messages.SessionJoined(round_number=number, rank=rank, limits=_limits(message)))
             case _ if caller.kind == "agent":
                 self._from_agent(caller, message)
             case _ if caller.kind == "worker":
@@ -242,11 +243,22 @@ def _rebalancing(round_number: int, plain: Message) -> Rebalancing:
     )
 
 
+def _limits(plain: Message) -> StepLimits | None:
+    """Of one rank; None where it says nothing of them."""
+    micro_batches = int(plain.get("micro_batches", 0))
+    if micro_batches < 1:
+        return None
+    size = max(1, int(plain.get("replica_size", 1)))
+    return StepLimits(micro_batches=micro_batches, caps=(max(0, int(plain["cap"])),), replica_size=size)
+
+
 def _measured(plain: Message) -> Measured:
     return Measured(
         seconds=tuple(float(each) for each in plain["seconds"]),
         shares=tuple(int(share) for share in plain.get("shares", ())),
         balanced=bool(plain.get("balanced", False)),
+        caps=tuple(int(cap) for cap in plain.get("caps", ())),
+        weights=tuple(float(weight) for weight in plain.get("weights", ())),
     )
 
 

@@ -339,5 +339,6 @@ def merge_changes(events: Iterable[Event]) -> list[Event]:
 def _brief(value: object) -> object:
     if isinstance(value, Round):
         seats = ",".join(f"{seat.node_id}:{seat.first_rank}+{seat.nproc}" for seat in value.seats)
-        return f"{value.number}({value.phase.value}, {value.cause.value}, world {value.world_size}: {seats})"
+        why = f"; {value.reason}" if value.reason else ""
+        return f"{value.number}({value.phase.value}, {value.cause.value}, world {value.world_size}: {seats}{why})"
     return value

@@ -198,8 +198,9 @@ class StoreKeeper:
             self._post(messages.WriteFinished(write=write, succeeded=False, known=False))
             return
         except LeaseLost:
-            self._lease = 0
-            self._post(messages.LeaseLost())
+            if write is not Write.ROUND:  # whose records are on leases of their own
+                self._lease = 0
+                self._post(messages.LeaseLost())
             succeeded, revision = False, 0
         self._post(messages.WriteFinished(write=write, succeeded=succeeded, revision=revision))
 

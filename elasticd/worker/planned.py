@@ -76,6 +76,17 @@ class PlannedSteps:
         return self._shares.balanced
 
     @property
+    def caps(self) -> tuple[int, ...]:
+        """The most that each replica takes of a step; empty where none has a limit."""
+        caps = self._shares.caps
+        return caps if min(caps) < self.micro_batches else ()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of shares that were given and not measured."""
+        return self._work.weights
+
+    @property
     def unsettled(self) -> bool:
         """Whether shares wait for more measures, on all ranks alike."""
         return self._shares.unsettled

@@ -14,6 +14,7 @@ from typing import Any
 from elasticd.errors import ChannelClosed
 from elasticd.worker.link import DaemonLink, StepReport
 from elasticd.worker.planned import PlannedSteps
+from elasticd.worker.shares import Work
 from elasticd.worker.speeds import SpeedReports
 from elasticd.worker.step import Step
 from elasticd.worker.world import Place
@@ -21,8 +22,11 @@ from elasticd.worker.world import Place
 log = logging.getLogger(__name__)
 
 
-def connect(place: Place) -> DaemonLink | None:
-    """Say hello to this node's daemon; None where there is none, with a warning if there should be one."""
+def connect(place: Place, work: Work | None, replica_size: int) -> DaemonLink | None:
+    """Say hello to this node's daemon; None where there is none, with a warning if there should be one.
+
+    ``work`` is told too: the daemons form no world that could not hold a step.
+    """
     if not place.socket_path:
         return None
     hello = {
@@ -33,6 +37,8 @@ def connect(place: Place) -> DaemonLink | None:
         "local_rank": place.local_rank,
         "pid": os.getpid(),
     }
+    if work is not None:
+        hello |= {"micro_batches": work.micro_batches, "cap": work.cap, "replica_size": replica_size}
     try:
         return DaemonLink(place.socket_path, hello)
     except ChannelClosed as error:
@@ -70,8 +76,7 @@ class Reports:
         message = self._speeds.take()
         if self._link is None or message is None:
             return
-        shares = {"shares": planned.shares, "balanced": planned.balanced} if planned is not None else {}
-        self._link.post(message | shares)
+        self._link.post(message | (_shares(planned) if planned is not None else {}))
 
     def shares_changed(self, event: Mapping[str, Any]) -> None:
         """All ranks have decided the same: one of them says so."""
@@ -130,3 +135,10 @@ class Reports:
     def _post(self, message: Mapping[str, Any]) -> None:
         if self._link is not None:
             self._link.post(dict(message))
+
+
+def _shares(planned: PlannedSteps) -> dict[str, Any]:
+    """What a step without a node would be is computed from these, by the balancer's own rules (core/stragglers.py)."""
+    limits = {"caps": planned.caps, "weights": planned.weights}
+    said = {name: values for name, values in limits.items() if values}
+    return {"shares": planned.shares, "balanced": planned.balanced, **said}

@@ -91,7 +91,8 @@ class Session:
     takes up whichever is newer, the copy in RAM or the checkpoint on disk.
 
     ``micro_batches``: how many a step has, on all ranks together and for the whole job, for ``step.micro_batches``.
-    ``max_micro_batches``: no more than so many in a step for this rank. ``balance``: "on" gives faster ranks more of
+    ``max_micro_batches``: no more than so many in a step for this rank, whatever the world: nodes that could not hold
+    a step together form no world, and the job waits for more. ``balance``: "on" gives faster ranks more of
     them, "off" divides them equally, "auto" is on where each rank holds the whole model, numbers divide them in that
     proportion: (1, 2, 5) gives rank 2 five times as many as rank 0. ``exact``: gradients are
     summed in fixed point, the same bits on any world (worker/exact.py says what that costs, and does not cover).
@@ -145,7 +146,7 @@ class Session:
         self._traffic = Traffic(self.arranged, exact=exact)
         self._mesh = self.arranged.make_mesh(self.device) if layout is not None else None
         self._save_every_steps = save_every_steps
-        self._link = connect(self._place)
+        self._link = connect(self._place, work, self.arranged.layout.replica_size)
         self._reports = Reports(self._link, rank=self._rank, leads_node=self._place.leads_node)
         self.planned: PlannedSteps | None = None
         if work is not None:

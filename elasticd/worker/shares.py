@@ -57,6 +57,11 @@ class Work:
             raise ConfigError(f"balance is {self.balance!r}: weights are positive numbers, one for each rank")
 
     @property
+    def cap(self) -> int:
+        """How many micro-batches of a step this rank takes at most."""
+        return self.micro_batches if self.at_most is None else min(self.at_most, self.micro_batches)
+
+    @property
     def weights(self) -> tuple[float, ...]:
         """Of the shares, when they are given and not measured; empty otherwise."""
         return self.balance if isinstance(self.balance, tuple) else ()
@@ -88,12 +93,15 @@ class CurrentShares:
     ) -> None:
         self._tell = tell
         self._arranged = arranged
-        self._caps = [min(caps) for caps in arranged.by_replica(_agree(work, group))]
+        self.caps = tuple(min(caps) for caps in arranged.by_replica(_agree(work, group)))
         try:
-            self.plan = make_plan(choose_first(work.micro_batches, self._caps, work.weights))
+            self.plan = make_plan(choose_first(work.micro_batches, self.caps, work.weights))
         except ValueError as error:
-            raise ConfigError(f"{error}: raise max_micro_batches, or lower micro_batches") from error
-        replicas = len(self._caps)
+            raise ConfigError(
+                f"{error}: raise max_micro_batches, lower micro_batches, or start the job with a larger minimum of "
+                "nodes (--nnodes MIN:MAX, nodes in a job file)"
+            ) from error
+        replicas = len(self.caps)
         if work.micro_batches < replicas and dist.get_rank() == 0:
             log.warning(
                 "elasticd: %d micro-batches for %d %ss: %d of them add nothing to a step",
@@ -112,7 +120,7 @@ class CurrentShares:
         if not told or not self.balanced:
             return
         self._speeds.add([each * 1e-9 for each in self._arranged.slowest(told)])
-        decision = choose_shares(self.plan.shares, self._speeds.known(), self._caps)
+        decision = choose_shares(self.plan.shares, self._speeds.known(), self.caps)
         match decision:
             case Rebalanced():
                 self.plan = make_plan(decision.shares)
@@ -154,11 +162,10 @@ def as_told(seconds: float) -> int:
 
 def _agree(work: Work, group: dist.ProcessGroup | None) -> list[int]:
     """The cap of each rank."""
-    own = work.micro_batches if work.at_most is None else min(work.at_most, work.micro_batches)
     if group is None:
-        return [own]
+        return [work.cap]
     said = torch.zeros(dist.get_world_size(), 4, dtype=torch.int64)
-    said[dist.get_rank()] = torch.tensor([work.micro_batches, own, crc32(repr(work.balance).encode()), work.exact])
+    said[dist.get_rank()] = torch.tensor([work.micro_batches, work.cap, crc32(repr(work.balance).encode()), work.exact])
     dist.all_reduce(said, group=group)
     counts, caps, balances, exacts = said.T.tolist()
     if len(set(zip(counts, balances, exacts, strict=True))) > 1:

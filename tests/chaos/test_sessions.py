@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.net, pytest.mark.timeout(180)]
 NODES = 4
 JOB = "slow"
 SCRIPT = str(Path(__file__).with_name("train.py"))
+CAPPED = str(Path(__file__).with_name("capped.py"))
 AFTER_S = 1
 POLICY = "[stragglers]\neviction_budget = 5\nquarantine_after = 2\nquarantine_s = 600\neviction_window_s = 1\n"
 
@@ -231,6 +232,36 @@ def part(cluster: Cluster, node: str) -> str:
     """The job that it is in."""
     nodes = json.loads(cluster.cli("status", "--json").stdout)["nodes"]
     return str(next(one for one in nodes if one["node"] == node)["job"])
+
+
+def test_nodes_that_cannot_hold_a_step_are_no_world_for_a_straggler_nor_after_a_loss(three: Cluster) -> None:
+    """At most 4 of a step's 8 micro-batches fall to a rank: a world of one would end in a ConfigError."""
+    cluster = three
+    job, folder = "capped", cluster.folder / "capped"
+    folder.mkdir()
+    third = drained(cluster, cluster.index_of(max(running(cluster))))
+    cluster.wait_until(lambda: part(cluster, third) == "", 20, "it is in no other job")
+    cluster.submit(job, [CAPPED, str(folder)], nodes="1:2", straggler_factor=1.6, straggler_after_s=AFTER_S)
+    cluster.wait_step(time.monotonic(), world=2, timeout_s=40)
+    other, slow = cluster.seated(job)
+
+    (folder / slow).touch()
+    kept = cluster.wait_for(lambda history: events_of(history, "straggler_kept", job=job), 30, "it is kept")
+    assert {(event.details["straggler"], event.details["why"]) for event in kept} == {(slow, "too_few_nodes")}
+    (folder / slow).unlink()
+    assert cluster.seated(job) == [other, slow]
+
+    cluster.kill_node(cluster.index_of(slow))
+    cluster.wait_for(lambda _: phase(cluster, job) == "waiting", 8, "the job waits")
+    assert "at most 4 of a step's 8 micro-batches" in " ".join(cluster.cli("status").stdout.split())
+    at = time.monotonic()
+    assert cluster.cli("undrain", third).returncode == 0
+    cluster.wait_step(at, world=2, timeout_s=40)
+    (folder / "finish").touch()
+    cluster.wait_for(lambda history: over(history, job), 20, "the end")
+    cluster.start_node(cluster.index_of(slow))
+    history = cluster.history()
+    assert validators.validate(history) + validators.budget_charged(history, job, 0) == []
 
 
 def test_a_spare_takes_a_lost_seat_at_once_and_below_the_minimum_the_job_waits(three: Cluster) -> None:
