@@ -22,7 +22,7 @@ from elasticd.errors import ConfigError
 from elasticd.worker.clock import MicroBatchClock
 from elasticd.worker.data import Cursor
 from elasticd.worker.exact import ExactGradients
-from elasticd.worker.gradients import Gradients, MeanGradients, shards, trained
+from elasticd.worker.gradients import Gradients, MeanGradients, Scaler, shards, trained
 from elasticd.worker.layout import Arrangement
 from elasticd.worker.loading import Loader, Source, make_loader, to_device
 from elasticd.worker.losses import StepLosses
@@ -55,6 +55,8 @@ class PlannedSteps:
         self._clock = MicroBatchClock(device)
         self._losses = StepLosses(work.micro_batches, group, device)
         self._gradients: Gradients | None = None
+        #: Of how many micro-batches of the last step this rank's gradients were reduced by themselves (FSDP2).
+        self.scatters = 1
         self._source: Source | None = None
         self._agreed = False
         self._loader: Loader | None = None
@@ -124,12 +126,11 @@ class PlannedSteps:
 
     def run(self, step: int, cursor: Cursor, source: Source, begun: StepWork) -> Iterator[Any]:
         """This rank's micro-batches, one at a time, each to be followed by ``begun.backward``."""
-        gradients, owned, todo = self._known_gradients(), self._owned, self._todo
+        gradients, owned, todo = self._begin(), self._owned, self._todo
         loader = self._loader_of(source, step, cursor)
         loader.begin(step, todo)
-        self._losses.begin()
-        gradients.clear(unequal=self._unequal)
         self._clock.begin(len(todo))
+        self.scatters = len(todo) if gradients.scatters_each else 1
         for micro_batch in todo:
             last = micro_batch == todo[-1]
             if last:
@@ -148,11 +149,9 @@ class PlannedSteps:
 
     def run_pipeline(self, step: int, cursor: Cursor, source: Source, begun: StepWork, pipeline: Pipeline) -> None:
         """All of this replica's micro-batches, forward and backward; what this rank is of them is one stage."""
-        gradients, owned, todo = self._known_gradients(), self._owned, self._todo
+        gradients, owned, todo = self._begin(), self._owned, self._todo
         loader = self._loader_of(source, step, cursor)
         loader.begin(step, todo)
-        self._losses.begin()
-        gradients.clear(unequal=self._unequal)
         self._clock.begin(len(todo))
         self._clock.begin_last()
         reads = pipeline.needs_data or self._stream is not None  # a stream goes on for whoever reads it
@@ -170,8 +169,14 @@ class PlannedSteps:
             begun.sample_ids += self._ids_of((step, micro_batch))
         begun.take_losses(dict(zip(owned, losses, strict=False)))  # there are none but on the last stage
 
-    def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
-        self._known_gradients().backward(loss, counts=counts)
+    def backward(self, loss: torch.Tensor, *, counts: bool, scaler: Scaler | None) -> None:
+        self._known_gradients().backward(loss, counts=counts, scaler=scaler)
+
+    def _begin(self) -> Gradients:
+        gradients = self._known_gradients()
+        self._losses.begin()
+        gradients.clear(unequal=self._unequal)
+        return gradients
 
     @property
     def _owned(self) -> tuple[int, ...]:
@@ -268,7 +273,7 @@ class StepWork:
         if counts:
             self.sample_ids += ids
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, scaler: Scaler | None) -> None:
         """RuntimeError outside of the loop, or a second time; ValueError for what is no loss of the model."""
         if self._open is None:
             raise RuntimeError("call step.backward(loss) once for each micro-batch, in the loop over them")
@@ -283,7 +288,7 @@ class StepWork:
         self._open = None
         if self._last:
             self._planned.complete_losses(self._losses)
-        self._planned.backward(loss, counts=self._counts)
+        self._planned.backward(loss, counts=self._counts, scaler=scaler)
 
     def take_losses(self, losses: Mapping[int, torch.Tensor]) -> None:
         """Of a pipeline, which has computed everything at once."""

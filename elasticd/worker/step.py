@@ -14,6 +14,7 @@ import torch
 
 from elasticd.errors import ConfigError
 from elasticd.worker.data import Cursor, sample_ids, shard
+from elasticd.worker.gradients import Scaler
 from elasticd.worker.layout import Arrangement
 from elasticd.worker.loading import Collate, Source
 from elasticd.worker.planned import PlannedSteps, StepWork
@@ -166,13 +167,18 @@ class Step:
         self._work = StepWork(planned)
         return planned, self._work
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, *, scaler: Scaler | None = None) -> None:
         """The backward pass of one micro-batch, from the mean loss over its samples, weighted for the step's mean.
 
-        ``loss``: one number, with its graph. RuntimeError outside of the loop or a second time, ValueError for another
-        loss.
+        ``loss``: one number, with its graph; best in float32, also under autocast. ``scaler``: for training in fp16, a
+        torch.amp.GradScaler; give it here instead of ``scaler.scale(loss)``, so that ``mean_loss`` is not scaled. Then
+        ``scaler.step(optimizer)`` and ``scaler.update()`` after the loop, and ``extra={"scaler": scaler}`` at
+        ``session.register``.
+
+        RuntimeError outside of the loop or a second time, ValueError for another loss, or one of another type in the
+        same step; ConfigError for a scaler in exact mode.
         """
-        self._begun_work().backward(loss)
+        self._begun_work().backward(loss, scaler)
 
     def mean_loss(self) -> float:
         """Collective, after the loop: the mean over all micro-batches of all ranks, the same number on each of them.
