@@ -30,6 +30,7 @@ from elasticd.worker.order import Key, SampleOrder
 from elasticd.worker.shares import CurrentShares, Work, as_told
 from elasticd.worker.state import Registered, derive_seed
 from elasticd.worker.stream import Stream
+from elasticd.worker.world import make_side_group
 
 if TYPE_CHECKING:
     from elasticd.worker.pipeline import Pipeline  # it takes as long to import as all the rest of torch.distributed
@@ -53,7 +54,7 @@ class PlannedSteps:
         self._arranged = arranged
         self._shares = CurrentShares(work, group, arranged, tell)
         self._clock = MicroBatchClock(device)
-        self._losses = StepLosses(work.micro_batches, group, device)
+        self._losses = StepLosses(work.micro_batches, make_side_group(), device)
         self._gradients: Gradients | None = None
         #: Of how many micro-batches of the last step this rank's gradients were reduced by themselves (FSDP2).
         self.scatters = 1
@@ -199,6 +200,10 @@ class PlannedSteps:
         """Collective: over the losses of all micro-batches of all replicas."""
         return self._losses.mean(losses if self._arranged.leads else {})
 
+    def end_step(self) -> None:
+        """Collective in the first step. StepsDiverged when only other ranks have asked for the mean of its losses."""
+        self._losses.end_step()
+
     def _known_gradients(self) -> Gradients:
         if self._gradients is None:
             raise RuntimeError(
@@ -298,6 +303,11 @@ class StepWork:
     def check_closed(self) -> None:
         if self._open is not None:
             raise RuntimeError("a micro-batch had no step.backward(loss): its samples would be missing from the step")
+
+    def end(self) -> None:
+        """The step's block has ended. RuntimeError when samples are missing; StepsDiverged as ``end_step`` says."""
+        self.check_done()
+        self._planned.end_step()
 
     def check_done(self) -> None:
         if not self.done:

@@ -74,16 +74,13 @@ class Step:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if error is None and self._work is not None and not self._work.done:
+        if error is not None:
             self._host.abandon()
-            self._work.check_done()
-        elif error is None:
-            if self._work is not None:
-                self.samples = self._counted(self._work.sample_ids)
-            self._host.complete(self)
-            self.completed = True
-        else:
-            self._host.abandon()
+            return
+        if self._work is not None:
+            self._end_work(self._work)
+        self._host.complete(self)
+        self.completed = True
 
     @property
     def next_cursor(self) -> Cursor:
@@ -167,6 +164,14 @@ class Step:
         self._work = StepWork(planned)
         return planned, self._work
 
+    def _end_work(self, work: StepWork) -> None:
+        try:
+            work.end()
+        except BaseException:
+            self._host.abandon()
+            raise
+        self.samples = self._counted(work.sample_ids)
+
     def backward(self, loss: torch.Tensor, *, scaler: Scaler | None = None) -> None:
         """The backward pass of one micro-batch, from the mean loss over its samples, weighted for the step's mean.
 
@@ -183,7 +188,8 @@ class Step:
     def mean_loss(self) -> float:
         """Collective, after the loop: the mean over all micro-batches of all ranks, the same number on each of them.
 
-        RuntimeError before the loop has ended.
+        All ranks must ask, in the same steps: not ``if rank == 0``. RuntimeError before the loop has ended;
+        StepsDiverged where it is seen that only some ranks ask (losses.py).
         """
         return self._begun_work().mean_loss()
 
