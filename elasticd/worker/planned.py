@@ -22,6 +22,7 @@ from elasticd.errors import ConfigError
 from elasticd.worker.clock import MicroBatchClock
 from elasticd.worker.data import Cursor
 from elasticd.worker.exact import ExactGradients
+from elasticd.worker.first_values import check_first_values
 from elasticd.worker.gradients import Gradients, MeanGradients, Scaler, shards, trained
 from elasticd.worker.layout import Arrangement
 from elasticd.worker.loading import Loader, Source, make_loader, to_device
@@ -56,6 +57,7 @@ class PlannedSteps:
         self._clock = MicroBatchClock(device)
         self._losses = StepLosses(work.micro_batches, make_side_group(), device)
         self._gradients: Gradients | None = None
+        self._registered: Registered | None = None
         #: Of how many micro-batches of the last step this rank's gradients were reduced by themselves (FSDP2).
         self.scatters = 1
         self._source: Source | None = None
@@ -92,6 +94,7 @@ class PlannedSteps:
         """
         make = ExactGradients if self._work.exact else MeanGradients
         self._gradients = make(registered, micro_batches=self.micro_batches, arranged=self._arranged)
+        self._registered = registered
         self._clock.watch(trained(registered), on_gradients)
         if self._work.balance == "auto":
             self._shares.balanced = not shards(registered)
@@ -127,7 +130,7 @@ class PlannedSteps:
 
     def run(self, step: int, cursor: Cursor, source: Source, begun: StepWork) -> Iterator[Any]:
         """This rank's micro-batches, one at a time, each to be followed by ``begun.backward``."""
-        gradients, owned, todo = self._begin(), self._owned, self._todo
+        gradients, owned, todo = self._begin(step), self._owned, self._todo
         loader = self._loader_of(source, step, cursor)
         loader.begin(step, todo)
         self._clock.begin(len(todo))
@@ -150,7 +153,7 @@ class PlannedSteps:
 
     def run_pipeline(self, step: int, cursor: Cursor, source: Source, begun: StepWork, pipeline: Pipeline) -> None:
         """All of this replica's micro-batches, forward and backward; what this rank is of them is one stage."""
-        gradients, owned, todo = self._begin(), self._owned, self._todo
+        gradients, owned, todo = self._begin(step), self._owned, self._todo
         loader = self._loader_of(source, step, cursor)
         loader.begin(step, todo)
         self._clock.begin(len(todo))
@@ -173,8 +176,11 @@ class PlannedSteps:
     def backward(self, loss: torch.Tensor, *, counts: bool, scaler: Scaler | None) -> None:
         self._known_gradients().backward(loss, counts=counts, scaler=scaler)
 
-    def _begin(self) -> Gradients:
+    def _begin(self, step: int) -> Gradients:
+        """Collective before the job's first step: its state is in by then."""
         gradients = self._known_gradients()
+        if step == 0 and self._registered is not None:
+            check_first_values(self._registered, self._arranged, self._group, exact=self._work.exact)
         self._losses.begin()
         gradients.clear(unequal=self._unequal)
         return gradients
