@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ from trainees import Points, fingerprint, small
 from worker_runs import run_world
 
 from elasticd import Session
-from elasticd.errors import NotFinite
+from elasticd.errors import ConfigError, NotFinite
 from elasticd.worker import exact
 from elasticd.worker.exact import SUM_BITS, ExactGradients, divide, exponent_for, make_whole
 from elasticd.worker.layout import Arrangement, Layout
@@ -135,6 +136,53 @@ def test_every_magnitude_has_a_scale(magnitude: float, dtype: torch.dtype) -> No
     whole = fixed(value, exponent, dtype)
     assert whole * 1000 <= 2**SUM_BITS
     assert mean(whole, exponent) == pytest.approx(value, rel=1e-15, abs=2.0**-(1001))
+
+
+def train_normalised(caps: list[int]) -> None:
+    """Run by a rank: with BatchNorm. Prints the SHA-256 of the weights, and the running mean."""
+    with Session(micro_batches=COUNT, max_micro_batches=caps[int(os.environ["RANK"])], exact=True, seed=SEED) as session:
+        torch.manual_seed(0)
+        model: nn.Module = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
+        if session.world_size > 1:
+            model = DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        session.register(model=model, optimizer=optimizer)
+        for step in session.steps(until=10):
+            with step:
+                for inputs, targets in step.micro_batches(Points(), size=2):
+                    step.backward((model(inputs) - targets).square().mean())
+                optimizer.step()
+        buffers = [each.flatten().tolist() for each in model.buffers()]
+        print(json.dumps([fingerprint(model), buffers]))
+
+
+def test_batch_norm_has_the_same_parameters_on_any_world_and_running_means_of_each_rank_s_own() -> None:
+    """As exact.py says: in training nothing depends on the latter."""
+    found = [
+        json.loads(output)
+        for caps in ([8], [4, 4], [1, 2, 5], [0, 8])
+        for output in run_world(len(caps), train_normalised, caps)
+    ]
+    assert len({weights for weights, _ in found}) == 1
+    means = [buffers[0] for _, buffers in found[:6]]  # in the last world one rank has computed them all again
+    assert all(means.count(mean) == 1 for mean in means)
+
+
+def test_a_scaler_is_refused_unless_it_does_not_scale(in_plain_python: None) -> None:
+    model = small()
+    with Session(micro_batches=2, exact=True) as session:
+        session.register(model=model)
+
+        def train(*, enabled: bool) -> None:
+            scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+            with next(session.steps()) as step:
+                for inputs, _ in step.micro_batches(Points(), size=2):
+                    step.backward(model(inputs).mean(), scaler=scaler)
+
+        train(enabled=False)
+        with pytest.raises(ConfigError, match="exact mode has no loss scaling"):
+            train(enabled=True)
+        assert session.step == 1
 
 
 class Uneven(nn.Module):

@@ -65,6 +65,15 @@ def test_whatever_was_measured_has_a_usual_value_within_it(windows: list[list[fl
         assert min(seen) * (1 - 1e-9) <= known <= max(seen) * (1 + 1e-9)
 
 
+def test_the_first_window_is_warming_up_and_does_not_change_shares() -> None:
+    """It was half of the mean with the second one: shares of 8 and 8 became 2 and 14, and came back with the third."""
+    speeds = Speeds(2)
+    for measured in ([1.0, 0.1], [0.1, 0.1]):
+        speeds.add(measured)
+    assert speeds.known() == [0.1, 0.1]
+    assert choose_shares((8, 8), speeds.known(), [16, 16]) == Kept()
+
+
 def test_half_of_the_windows_slow_and_half_fast_is_no_error() -> None:
     """It ended workers with "fmean requires at least one data point"."""
     speeds = Speeds(1)

@@ -79,9 +79,10 @@ def test_it_follows_from_the_sizes_of_what_is_averaged(kind: str, ranks: int, a_
     assert set(counted(kind, ranks)) == {STEPS * a_step_bytes}
 
 
-@pytest.mark.parametrize(("kind", "ranks", "models"), [("fsdp", 2, 1), ("hsdp", 4, 4)])
+@pytest.mark.parametrize(("kind", "ranks", "models"), [("fsdp", 2, 2), ("hsdp", 4, 4)])
 def test_sharded_models_send_each_part_to_its_rank(kind: str, ranks: int, models: int) -> None:
-    """All ranks together: each of two sends half of the model; HSDP does so twice, and all-reduces halves."""
+    """All ranks together: each of two sends half of the model, once for each of its micro-batches; HSDP does so with
+    two copies, and all-reduces halves."""
     sent = [each / STEPS / 4 for each in counted(kind, ranks)]
     assert sum(sent) == models * COUNTED
     assert min(sent) > 0.8 * max(sent)  # parts are whole rows

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import eventually
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from worker_runs import world
+from worker_runs import run_world, world
 
 from elasticd import Session
 from elasticd.errors import ConfigError
+from elasticd.worker import losses
 from elasticd.worker.layout import check_devices
 from elasticd.worker.step import Step
 
@@ -194,3 +198,53 @@ def test_ranks_with_data_sets_of_their_own_end_with_one_line_each() -> None:
             assert rank.wait(30) == 1
             assert "elasticd: error: the ranks' data sets have [10, 11] samples" in rank.output
             assert "Traceback" not in rank.output
+
+
+def ask_on_rank_0() -> None:
+    """Run by a rank: as it is natural to write, where other frameworks have rank 0's loss."""
+    with Session(micro_batches=4) as session:
+        model = DistributedDataParallel(nn.Linear(1, 1))
+        session.register(model=model)
+        for step in session.steps(until=50):
+            with step:
+                for batch in step.micro_batches(DATA, size=1):
+                    step.backward(model(batch).mean())
+                if session.rank == 0:
+                    print(step.mean_loss())
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_mean_loss_on_one_rank_ends_all_of_them_at_once(size: int) -> None:
+    """It waited for ever, or gloo ended the process: what others said next was of another length."""
+    with world(size, ask_on_rank_0) as ranks:
+        for rank in ranks:
+            assert rank.wait(20) == 1
+            assert "step.mean_loss() was called in a step on some ranks only: all must call it" in rank.output
+
+
+def ask_late(on_all: bool) -> None:
+    """Run by a rank: rank 1 comes late, or never, to what is asked for in the second step."""
+    losses.PATIENCE = timedelta(seconds=0.3)
+    with Session(micro_batches=4) as session:
+        model = DistributedDataParallel(nn.Linear(1, 1))
+        session.register(model=model)
+        for step in session.steps(until=50 if not on_all else 3):
+            with step:
+                for batch in step.micro_batches(DATA, size=1):
+                    step.backward(model(batch).mean())
+                if step.index == 1 and session.rank == 1:
+                    time.sleep(1)
+                if step.index == 1 and (on_all or session.rank == 0):
+                    print(step.mean_loss())
+
+
+WAITS = "elasticd: rank 0 waits in step.mean_loss() for other ranks: all of them must call it, in the same steps"
+
+
+def test_a_rank_that_waits_for_the_mean_loss_says_so_and_goes_on_waiting() -> None:
+    first, second = run_world(2, ask_late, True)
+    assert first.splitlines()[0] == WAITS
+    assert first.splitlines()[1:] == second.splitlines()
+    with world(2, ask_late, False) as ranks:
+        eventually(lambda: WAITS in ranks[0].output, 30)
+        assert all(rank.running for rank in ranks)

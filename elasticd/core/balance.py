@@ -82,9 +82,12 @@ class Speeds:
         self.unsettled = any(len(each) < SETTLED or not _is_near(each[-1], median(each)) for each in self._windows)
 
     def known(self) -> list[float]:
-        """Seconds per micro-batch of each rank; NaN until there are two windows: the first one is warming up."""
+        """Seconds per micro-batch of each rank; NaN until there are two windows.
+
+        The first one is warming up: the second alone counts beside it, and a third one shows whether it was far off.
+        """
         return [
-            _usual(windows) if seen > 1 else float("nan")
+            _usual(windows[1:] if seen == 2 else windows) if seen > 1 else float("nan")
             for windows, seen in zip(self._windows, self._seen, strict=True)
         ]
 

@@ -12,12 +12,18 @@ Cost: memory for the gradients of all of a rank's micro-batches, which is kept f
 cross the network instead of four, and after the backward pass instead of beside it.
 
 What it does not make the same on any world: anything but the gradients. Kernels must be deterministic
-(``torch.use_deterministic_algorithms``) and of one kind (the same GPU, the same number of CPU threads); buffers that
-depend on the batches a rank has seen (BatchNorm's running means) are each rank's own; fp16 loss scaling reacts to
-infinities, which raise here. Sharded models are refused: FSDP2 adds up in its own way. So are pipelines.
+(``torch.use_deterministic_algorithms``) and of one kind (the same GPU, the same number of CPU threads). fp16 loss
+scaling reacts to infinities, which raise here: it is refused. So are sharded models, as FSDP2 adds up in its own way,
+and pipelines.
+
+BatchNorm: in training a micro-batch is normalised by its own mean and variance, so parameters have the same bits on any
+world. The running mean and variance have not: each rank has those of the micro-batches that it has computed, stand-ins
+with them, and DDP, which sends buffers where it averages gradients, does not send them here. A checkpoint holds those
+of some rank. So what ``model.eval()`` gives depends on the world, until they are computed anew (with momentum=None, by
+a pass over data). SyncBatchNorm computes over ranks: there the parameters depend on the world too.
 
 Tensor parallel: the bits are the same on any number of replicas, but those of one split into two parts are not those of
-one in three. The model is split and not wrapped; its first values must be the same on all replicas.
+one in three. The model is split and not wrapped; its first values must be the same on all replicas (first_values.py).
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from elasticd.errors import ConfigError, NotFinite
-from elasticd.worker.gradients import own, replicas, trained
+from elasticd.worker.gradients import Scaler, own, replicas, trained
 from elasticd.worker.layout import Arrangement
 from elasticd.worker.state import Registered
 
@@ -79,6 +85,8 @@ class _Scratch:
 class ExactGradients:
     """ConfigError when the model is sharded."""
 
+    scatters_each = False
+
     def __init__(self, registered: Registered, *, micro_batches: int, arranged: Arrangement) -> None:
         model = trained(registered)
         named = {name: each for name, each in model.named_parameters() if each.requires_grad}
@@ -114,7 +122,13 @@ class ExactGradients:
         for replica in self._replicas:
             replica.require_backward_grad_sync = False
 
-    def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
+    def backward(self, loss: torch.Tensor, *, counts: bool, scaler: Scaler | None = None) -> None:
+        """ConfigError for a scaler that scales."""
+        if scaler is not None and scaler.scale(loss) is not loss:
+            raise ConfigError(
+                "exact mode has no loss scaling, which reacts to infinite gradients: they raise here. Leave out exact, "
+                "or train in bf16 without a GradScaler"
+            )
         loss.backward()  # type: ignore[no-untyped-call]
         if counts:
             self._keep()

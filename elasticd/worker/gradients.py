@@ -2,19 +2,31 @@
 
 A micro-batch's loss is the mean over its samples, and all have the same size: the step's loss is the mean over its
 micro-batches. DDP and FSDP2 average over replicas instead (layout.py; without a layout each rank is one), so a loss is
-multiplied by replicas / micro-batches; and replicas talk only in the backward pass of their last micro-batch. One that
-has none computes a stand-in with weight zero, to take part in that.
+multiplied by replicas / micro-batches. With DDP replicas talk only in the backward pass of their last micro-batch. One
+that has none computes a stand-in with weight zero, to take part in that.
 
-Under FSDP2 a forward pass gathers parameters from all ranks, so ranks with unequal shares would wait for each other for
-ever. Parameters are gathered once a step then, and stay whole until its last backward pass, which costs the memory that
-sharding them had saved (gradients and optimizer stay sharded). As long as shares were always equal,
-what the script has set stands.
+FSDP2 talks in every pass: a forward pass gathers parameters, and a backward pass leaves each rank its part of the
+gradients (reduce-scatter), so that nobody holds more than a layer or two of either. With equal shares it stays so: all
+ranks do as many micro-batches. Only what HSDP adds to it, the average over copies of the model (all-reduce over
+"replicate"), is left to the last one. torch adds up flat parts until then, so all micro-batches of a step must reach
+the same parameters.
 
-Not here: sums that do not depend on the order (exact.py).
+Ranks with unequal shares would wait for each other in a forward pass for ever. Parameters are gathered once a step
+then, and stay whole until its last backward pass, which reduces the gradients of all: each rank holds the whole model,
+and the whole of its gradients, as if nothing were sharded but the optimizer's state. That is so from the first step
+with unequal shares on. As long as they were always equal, what the script has set of resharding stands.
+
+A loss in bf16 or fp16 would round that factor, as the gradient that its backward pass begins with, by up to 0.4 %, and
+differently in each world. There the pass begins with a power of two, and gradients are multiplied by the rest at the
+end. What a script casts after such a loss (``.float()``) cannot be seen here: cast what it is computed from.
+
+Not here: sums that do not depend on the order (exact.py); gradients of micro-batches that a pipeline computes, which
+torch.distributed.pipelining reduces once a step.
 """
 
 from __future__ import annotations
 
+from math import frexp
 from typing import Protocol
 
 import torch
@@ -24,7 +36,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elasticd.errors import ConfigError
 from elasticd.worker.layout import Arrangement
+from elasticd.worker.sharded import forget_half_done, holds_back
 from elasticd.worker.state import Registered
+
+#: Types of a loss that hold too few digits of a factor.
+_COARSE = (torch.bfloat16, torch.float16)
+
+
+class Scaler(Protocol):
+    """What torch.amp.GradScaler is to a backward pass."""
+
+    def scale(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The loss times a factor that keeps its gradients inside fp16; the loss itself when it does not scale."""
+        ...
 
 
 class Gradients(Protocol):
@@ -36,13 +60,18 @@ class Gradients(Protocol):
     #: What a micro-batch's mean loss is multiplied by.
     scale: float
 
+    @property
+    def scatters_each(self) -> bool:
+        """Whether each micro-batch's backward pass ends in a reduce-scatter, and not the last one's alone."""
+        ...
+
     def clear(self, *, unequal: bool) -> None:
         """Gradients of an earlier step, or of one that was given up, are gone. ``unequal``: the shares of this step."""
         ...
 
     def before(self, *, last: bool) -> None: ...
 
-    def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
+    def backward(self, loss: torch.Tensor, *, counts: bool, scaler: Scaler | None = None) -> None:
         """``counts`` False: of a stand-in."""
         ...
 
@@ -56,14 +85,27 @@ class MeanGradients:
 
     def __init__(self, registered: Registered, *, micro_batches: int, arranged: Arrangement) -> None:
         self._zero = registered.optimizer or trained(registered)
+        self._parameters = list(trained(registered).parameters())
         self.scale = arranged.replicas / micro_batches
+        #: The power of two in it, which every type holds, and what remains.
+        self._power = 2.0 ** (frexp(self.scale)[1] - 1)
+        self._rest = self.scale / self._power
+        #: Whether losses of this step begin with ``_power`` alone; None before there was one.
+        self._coarse: bool | None = None
         self._weights: dict[tuple[float, torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
-        self._whole = False
+        self._whole = self._unfinished = False
         self._replicas, self._shards = replicas(registered), shards(registered)
         if arranged.world_size > 1:
             self._check_layout(trained(registered), arranged)
 
+    @property
+    def scatters_each(self) -> bool:
+        return bool(self._shards) and not self._whole
+
     def clear(self, *, unequal: bool) -> None:
+        if self._unfinished:
+            forget_half_done(self._shards)
+        self._unfinished, self._coarse = True, None
         self._zero.zero_grad()
         if unequal and not self._whole:
             self._whole = True
@@ -74,15 +116,33 @@ class MeanGradients:
         for replica in self._replicas:  # as its no_sync() does
             replica.require_backward_grad_sync = last
         for module in self._shards:
-            module.set_requires_gradient_sync(last, recurse=False)
+            module.set_requires_gradient_sync(last or not self._whole, recurse=False)
+            module.set_requires_all_reduce(last, recurse=False)
             if self._whole:
                 module.set_reshard_after_backward(last, recurse=False)
 
-    def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
-        loss.backward(self._weight(loss, self.scale if counts else 0.0))  # type: ignore[no-untyped-call]
+    def backward(self, loss: torch.Tensor, *, counts: bool, scaler: Scaler | None = None) -> None:
+        """ValueError when some of a step's losses are in half precision and some are not."""
+        coarse = self._rest != 1.0 and loss.dtype in _COARSE
+        if self._coarse not in (None, coarse):
+            raise ValueError(f"a loss in {loss.dtype} after others in another type: all of a step must have one type")
+        self._coarse = coarse
+        if scaler is not None:
+            loss = scaler.scale(loss)
+        factor = self._power if coarse else self.scale
+        loss.backward(self._weight(loss, factor if counts else 0.0))  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
-        pass
+        """RuntimeError when torch has kept gradients back, which would count in the next step (HSDP)."""
+        self._unfinished = False
+        if holds_back(self._shards):
+            raise RuntimeError(
+                "the last micro-batch has not reached all parameters that others of its step have: under fully_shard "
+                'with "replicate" each must (see FSDPModule.set_reduce_scatter_unused_params)'
+            )
+        gradients = [own(each.grad) for each in self._parameters if each.grad is not None] if self._coarse else []
+        if gradients:
+            torch._foreach_mul_(gradients, self._rest)
 
     def _weight(self, loss: torch.Tensor, value: float) -> torch.Tensor:
         """As the gradient of the loss: to multiply the loss would be two more operations a micro-batch."""

@@ -5,26 +5,39 @@ rank are known before its last backward pass: where the last step's mean was ask
 that pass, and has arrived when it is asked for. On a GPU the losses are not known to the host by then, and reading them
 would hold it up: there they are exchanged when they are asked for.
 
+Who asks on some ranks only (``if rank == 0:``) would wait for ever: the others go on to the next step, and wait there.
+So the group is one of its own, where nothing else can come in between, and in the first step of a process a rank that
+has not asked takes part when the step ends, to say so: the error comes on all ranks, at once. To do so in each step
+would cost each step; there a rank that waits for long says for what, and goes on: the others may only be slow.
+
 Not here: weights of micro-batches; they have the same size, and so the same weight.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from elasticd.errors import StepsDiverged
 
+log = logging.getLogger(__name__)
+
+#: So long the others are waited for in silence.
+PATIENCE = timedelta(seconds=10)
+
 
 class StepLosses:
-    """``group`` None: a world of one."""
+    """``group`` None: a world of one. It must be used for nothing else."""
 
     def __init__(self, micro_batches: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._micro_batches, self._group = micro_batches, group
         self._on_host = device.type == "cpu"
         self._asked_before = False
+        self._agreed = False
         self._begun = 0
         self._every = torch.empty(0)
         self._work: dist.Work | None = None
@@ -38,7 +51,7 @@ class StepLosses:
         """This rank's losses of the step are all known; its last backward pass is to come."""
         if self._asked_before and self._on_host and self._group is not None:
             self._asked_before = False
-            self._start(losses)
+            self._start(losses, asks=True)
 
     def mean(self, losses: Mapping[int, torch.Tensor]) -> float:
         """Collective: the same number on all ranks, added up in the order of micro-batches on every world.
@@ -49,20 +62,55 @@ class StepLosses:
         if self._group is None:
             return sum(_numbers(losses, self._micro_batches)) / self._micro_batches
         if self._work is None:
-            self._start(losses)
-        assert self._work is not None
-        self._work.wait()
-        *every, begun = self._every.tolist()
-        if begun != self._begun * dist.get_world_size(self._group):
-            raise StepsDiverged("step.mean_loss() was called in a step on some ranks only: all must call it")
+            self._start(losses, asks=True)
+        *every, asking, begun = self._exchanged()
+        if (asking, begun) != (self._group.size(), self._begun * self._group.size()):
+            raise _asked_on_some_ranks()
         total: float = sum(every)
         return total / self._micro_batches
 
-    def _start(self, losses: Mapping[int, torch.Tensor]) -> None:
+    def end_step(self) -> None:
+        """Collective in the first step that ends. StepsDiverged when only other ranks have asked for its mean."""
+        if self._agreed or self._group is None:
+            return
+        self._agreed = True
+        if self._asked_before or self._work is not None:
+            return
+        self._start({}, asks=False)
+        *_, asking, _ = self._exchanged()
+        self._work = None
+        if asking:
+            raise _asked_on_some_ranks()
+
+    def _start(self, losses: Mapping[int, torch.Tensor], *, asks: bool) -> None:
         # A new tensor each time: the exchange of a step that was given up may still be under way.
-        said = [*_numbers(losses, self._micro_batches), float(self._begun)]
+        said = [*_numbers(losses, self._micro_batches), float(asks), float(self._begun)]
         self._every = torch.tensor(said, dtype=torch.float64)
         self._work = dist.all_reduce(self._every, group=self._group, async_op=True)
+
+    def _exchanged(self) -> list[float]:
+        assert self._work is not None
+        _wait(self._work)
+        numbers: list[float] = self._every.tolist()
+        return numbers
+
+
+def _wait(work: dist.Work) -> None:
+    """Until it is done; said once, if that takes long."""
+    try:
+        work.wait(PATIENCE)
+    except RuntimeError:
+        if work.is_completed():  # it failed, and was not too slow
+            raise
+        log.warning(
+            "elasticd: rank %d waits in step.mean_loss() for other ranks: all of them must call it, in the same steps",
+            dist.get_rank(),
+        )
+        work.wait()
+
+
+def _asked_on_some_ranks() -> StepsDiverged:
+    return StepsDiverged("step.mean_loss() was called in a step on some ranks only: all must call it")
 
 
 def _numbers(losses: Mapping[int, torch.Tensor], count: int) -> list[float]:

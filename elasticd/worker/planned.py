@@ -22,7 +22,8 @@ from elasticd.errors import ConfigError
 from elasticd.worker.clock import MicroBatchClock
 from elasticd.worker.data import Cursor
 from elasticd.worker.exact import ExactGradients
-from elasticd.worker.gradients import Gradients, MeanGradients, shards, trained
+from elasticd.worker.first_values import check_first_values
+from elasticd.worker.gradients import Gradients, MeanGradients, Scaler, shards, trained
 from elasticd.worker.layout import Arrangement
 from elasticd.worker.loading import Loader, Source, make_loader, to_device
 from elasticd.worker.losses import StepLosses
@@ -30,6 +31,7 @@ from elasticd.worker.order import Key, SampleOrder
 from elasticd.worker.shares import CurrentShares, Work, as_told
 from elasticd.worker.state import Registered, derive_seed
 from elasticd.worker.stream import Stream
+from elasticd.worker.world import make_side_group
 
 if TYPE_CHECKING:
     from elasticd.worker.pipeline import Pipeline  # it takes as long to import as all the rest of torch.distributed
@@ -53,8 +55,11 @@ class PlannedSteps:
         self._arranged = arranged
         self._shares = CurrentShares(work, group, arranged, tell)
         self._clock = MicroBatchClock(device)
-        self._losses = StepLosses(work.micro_batches, group, device)
+        self._losses = StepLosses(work.micro_batches, make_side_group(), device)
         self._gradients: Gradients | None = None
+        self._registered: Registered | None = None
+        #: Of how many micro-batches of the last step this rank's gradients were reduced by themselves (FSDP2).
+        self.scatters = 1
         self._source: Source | None = None
         self._agreed = False
         self._loader: Loader | None = None
@@ -100,6 +105,7 @@ class PlannedSteps:
         """
         make = ExactGradients if self._work.exact else MeanGradients
         self._gradients = make(registered, micro_batches=self.micro_batches, arranged=self._arranged)
+        self._registered = registered
         self._clock.watch(trained(registered), on_gradients)
         if self._work.balance == "auto":
             self._shares.balanced = not shards(registered)
@@ -135,12 +141,11 @@ class PlannedSteps:
 
     def run(self, step: int, cursor: Cursor, source: Source, begun: StepWork) -> Iterator[Any]:
         """This rank's micro-batches, one at a time, each to be followed by ``begun.backward``."""
-        gradients, owned, todo = self._known_gradients(), self._owned, self._todo
+        gradients, owned, todo = self._begin(step), self._owned, self._todo
         loader = self._loader_of(source, step, cursor)
         loader.begin(step, todo)
-        self._losses.begin()
-        gradients.clear(unequal=self._unequal)
         self._clock.begin(len(todo))
+        self.scatters = len(todo) if gradients.scatters_each else 1
         for micro_batch in todo:
             last = micro_batch == todo[-1]
             if last:
@@ -159,11 +164,9 @@ class PlannedSteps:
 
     def run_pipeline(self, step: int, cursor: Cursor, source: Source, begun: StepWork, pipeline: Pipeline) -> None:
         """All of this replica's micro-batches, forward and backward; what this rank is of them is one stage."""
-        gradients, owned, todo = self._known_gradients(), self._owned, self._todo
+        gradients, owned, todo = self._begin(step), self._owned, self._todo
         loader = self._loader_of(source, step, cursor)
         loader.begin(step, todo)
-        self._losses.begin()
-        gradients.clear(unequal=self._unequal)
         self._clock.begin(len(todo))
         self._clock.begin_last()
         reads = pipeline.needs_data or self._stream is not None  # a stream goes on for whoever reads it
@@ -181,8 +184,17 @@ class PlannedSteps:
             begun.sample_ids += self._ids_of((step, micro_batch))
         begun.take_losses(dict(zip(owned, losses, strict=False)))  # there are none but on the last stage
 
-    def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
-        self._known_gradients().backward(loss, counts=counts)
+    def backward(self, loss: torch.Tensor, *, counts: bool, scaler: Scaler | None) -> None:
+        self._known_gradients().backward(loss, counts=counts, scaler=scaler)
+
+    def _begin(self, step: int) -> Gradients:
+        """Collective before the job's first step: its state is in by then."""
+        gradients = self._known_gradients()
+        if step == 0 and self._registered is not None:
+            check_first_values(self._registered, self._arranged, self._group, exact=self._work.exact)
+        self._losses.begin()
+        gradients.clear(unequal=self._unequal)
+        return gradients
 
     @property
     def _owned(self) -> tuple[int, ...]:
@@ -204,6 +216,10 @@ class PlannedSteps:
     def mean(self, losses: Mapping[int, torch.Tensor]) -> float:
         """Collective: over the losses of all micro-batches of all replicas."""
         return self._losses.mean(losses if self._arranged.leads else {})
+
+    def end_step(self) -> None:
+        """Collective in the first step. StepsDiverged when only other ranks have asked for the mean of its losses."""
+        self._losses.end_step()
 
     def _known_gradients(self) -> Gradients:
         if self._gradients is None:
@@ -279,7 +295,7 @@ class StepWork:
         if counts:
             self.sample_ids += ids
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, scaler: Scaler | None) -> None:
         """RuntimeError outside of the loop, or a second time; ValueError for what is no loss of the model."""
         if self._open is None:
             raise RuntimeError("call step.backward(loss) once for each micro-batch, in the loop over them")
@@ -294,7 +310,7 @@ class StepWork:
         self._open = None
         if self._last:
             self._planned.complete_losses(self._losses)
-        self._planned.backward(loss, counts=self._counts)
+        self._planned.backward(loss, counts=self._counts, scaler=scaler)
 
     def take_losses(self, losses: Mapping[int, torch.Tensor]) -> None:
         """Of a pipeline, which has computed everything at once."""
@@ -304,6 +320,11 @@ class StepWork:
     def check_closed(self) -> None:
         if self._open is not None:
             raise RuntimeError("a micro-batch had no step.backward(loss): its samples would be missing from the step")
+
+    def end(self) -> None:
+        """The step's block has ended. RuntimeError when samples are missing; StepsDiverged as ``end_step`` says."""
+        self.check_done()
+        self._planned.end_step()
 
     def check_done(self) -> None:
         if not self.done:

@@ -94,8 +94,9 @@ class Session:
     ``max_micro_batches``: no more than so many in a step for this rank, whatever the world: nodes that could not hold
     a step together form no world, and the job waits for more. ``balance``: "on" gives faster ranks more of
     them, "off" divides them equally, "auto" is on where each rank holds the whole model, numbers divide them in that
-    proportion: (1, 2, 5) gives rank 2 five times as many as rank 0. ``exact``: gradients are
-    summed in fixed point, the same bits on any world (worker/exact.py says what that costs, and does not cover).
+    proportion: (1, 2, 5) gives rank 2 five times as many as rank 0. Under FSDP2 unequal shares cost what sharding had
+    saved: each rank holds all parameters and all gradients during a step (worker/gradients.py). ``exact``: gradients
+    are summed in fixed point, the same bits on any world (worker/exact.py says what that costs, and does not cover).
 
     ``layout``: how ranks share one model (tensor parallel, pipeline stages, HSDP), where each does not compute samples
     of its own (worker/layout.py). "Rank" above is then a replica; ``max_micro_batches`` is the least of its ranks'.
@@ -444,7 +445,8 @@ class Session:
         waited_s = self._waiting.take() + blocked_s
         self._busy.add(seconds - waited_s)
         self._reports.speeds(self._control.told, self.planned)
-        self._reports.step_completed(step, seconds=seconds, waited_s=waited_s, sent_bytes=self._traffic.take())
+        sent_bytes = self._traffic.take(scatters=self.planned.scatters if self.planned is not None else 1)
+        self._reports.step_completed(step, seconds=seconds, waited_s=waited_s, sent_bytes=sent_bytes)
 
     def _saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due once so many steps are completed."""

@@ -14,6 +14,7 @@ import torch
 
 from elasticd.errors import ConfigError
 from elasticd.worker.data import Cursor, sample_ids, shard
+from elasticd.worker.gradients import Scaler
 from elasticd.worker.layout import Arrangement
 from elasticd.worker.loading import Collate, Source
 from elasticd.worker.planned import PlannedSteps, StepWork
@@ -73,16 +74,13 @@ class Step:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if error is None and self._work is not None and not self._work.done:
+        if error is not None:
             self._host.abandon()
-            self._work.check_done()
-        elif error is None:
-            if self._work is not None:
-                self.samples = self._counted(self._work.sample_ids)
-            self._host.complete(self)
-            self.completed = True
-        else:
-            self._host.abandon()
+            return
+        if self._work is not None:
+            self._end_work(self._work)
+        self._host.complete(self)
+        self.completed = True
 
     @property
     def next_cursor(self) -> Cursor:
@@ -166,18 +164,32 @@ class Step:
         self._work = StepWork(planned)
         return planned, self._work
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def _end_work(self, work: StepWork) -> None:
+        try:
+            work.end()
+        except BaseException:
+            self._host.abandon()
+            raise
+        self.samples = self._counted(work.sample_ids)
+
+    def backward(self, loss: torch.Tensor, *, scaler: Scaler | None = None) -> None:
         """The backward pass of one micro-batch, from the mean loss over its samples, weighted for the step's mean.
 
-        ``loss``: one number, with its graph. RuntimeError outside of the loop or a second time, ValueError for another
-        loss.
+        ``loss``: one number, with its graph; best in float32, also under autocast. ``scaler``: for training in fp16, a
+        torch.amp.GradScaler; give it here instead of ``scaler.scale(loss)``, so that ``mean_loss`` is not scaled. Then
+        ``scaler.step(optimizer)`` and ``scaler.update()`` after the loop, and ``extra={"scaler": scaler}`` at
+        ``session.register``.
+
+        RuntimeError outside of the loop or a second time, ValueError for another loss, or one of another type in the
+        same step; ConfigError for a scaler in exact mode.
         """
-        self._begun_work().backward(loss)
+        self._begun_work().backward(loss, scaler)
 
     def mean_loss(self) -> float:
         """Collective, after the loop: the mean over all micro-batches of all ranks, the same number on each of them.
 
-        RuntimeError before the loop has ended.
+        All ranks must ask, in the same steps: not ``if rank == 0``. RuntimeError before the loop has ended;
+        StepsDiverged where it is seen that only some ranks ask (losses.py).
         """
         return self._begun_work().mean_loss()
 

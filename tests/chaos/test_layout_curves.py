@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,9 +86,9 @@ def train_wrongly(path: Path, factor: float) -> None:
     """Run by a rank: the gradient of one micro-batch counts ``factor`` times. The ledger shows nothing of it."""
     right, done = MeanGradients.backward, 0
 
-    def backward(self: MeanGradients, loss: torch.Tensor, *, counts: bool) -> None:
+    def backward(self: MeanGradients, loss: torch.Tensor, **how: Any) -> None:
         nonlocal done
-        right(self, loss * factor if done == WRONG else loss, counts=counts)
+        right(self, loss * factor if done == WRONG else loss, **how)
         done += 1
 
     MeanGradients.backward = backward  # type: ignore[method-assign]
