@@ -149,10 +149,32 @@ def test_another_data_set_after_a_restart_is_refused_and_another_number_of_micro
         model = trainee(session)
         with pytest.raises(ValueError, match="the data set has 40 samples, but had 20 when this epoch began"):
             steps(session, model, until=2, data=DATA + DATA)
-    assert "micro-batches so far" not in caplog.text
+    assert "so far" not in caplog.text
     with Session(micro_batches=2, checkpoint_dir=tmp_path) as session:
         steps(session, trainee(session), until=2)
     assert "steps had 4 micro-batches so far, and 2 from here on" in caplog.text
+    assert "samples so far" not in caplog.text
+
+
+def test_another_size_after_a_restart_is_told_once_and_a_checkpoint_that_does_not_say_it_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = "micro-batches had 2 samples so far, and 1 from here on"
+    with Session(micro_batches=4, checkpoint_dir=tmp_path) as session:
+        steps(session, trainee(session), size=2)
+    for until in (2, 3):
+        caplog.clear()
+        with Session(micro_batches=4, checkpoint_dir=tmp_path) as session:
+            model = trainee(session)
+            session.save()  # before a step has said it again
+            steps(session, model, until=until)
+            steps(session, model, until=until, size=2)
+        assert caplog.text.count(told) == (until == 2)
+    with Session(micro_batches=4) as session:
+        model = trainee(session)
+        session.planned.resume({"micro_batches": 4, "stream": None})
+        steps(session, model)
+    assert caplog.text.count(told) == 0
 
 
 def divided_data() -> None:
@@ -167,5 +189,6 @@ def test_ranks_with_data_sets_of_their_own_end_with_one_line_each() -> None:
     with world(2, divided_data) as ranks:
         for rank in ranks:
             assert rank.wait(30) == 1
-            assert "elasticd: error: the ranks' data sets have [10, 11] samples" in rank.output
+            assert "elasticd: error: step.micro_batches(dataset=...) must be the same on all ranks" in rank.output
+            assert "rank 0 says 10 samples, rank 1 says 11 samples: give each rank the whole data set" in rank.output
             assert "Traceback" not in rank.output

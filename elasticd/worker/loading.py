@@ -13,9 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from elasticd.worker.order import Key
 
@@ -39,6 +41,35 @@ class Source:
 
     def is_like(self, other: Source) -> bool:
         return self.dataset is other.dataset and replace(self, dataset=None) == replace(other, dataset=None)
+
+    @property
+    def readers(self) -> int | None:
+        """The processes that read a stream, on whose number its order depends; None of a map-style data set."""
+        if self.length is not None:
+            return None
+        return self.dataset.num_workers if isinstance(self.dataset, DataLoader) else self.workers
+
+    def described(self) -> str:
+        """In the same words on all ranks, if they have the same data set: by what is cheap to know of it.
+
+        Parts of equal length are told apart where they are torch's Subsets.
+        """
+        if self.length is None:
+            return "a stream"
+        which = _checksum_of_indices(self.dataset)
+        return f"{self.length} samples" + (f" of a Subset, indices {which:08x}" if which else "")
+
+
+def _checksum_of_indices(dataset: Any) -> int:
+    """Of a Subset, of a Subset's Subset too. 0 for everything else, and for indices that are no numbers."""
+    checksum = 0
+    while isinstance(dataset, Subset):
+        try:
+            checksum = crc32(np.asarray(dataset.indices, dtype=np.int64).tobytes(), checksum)
+        except (TypeError, ValueError, OverflowError):
+            return 0
+        dataset = dataset.dataset
+    return checksum
 
 
 class DirectLoader:

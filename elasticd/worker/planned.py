@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from elasticd.errors import ConfigError
+from elasticd.worker.agreement import agree
 from elasticd.worker.clock import MicroBatchClock
 from elasticd.worker.data import Cursor
 from elasticd.worker.exact import ExactGradients
@@ -34,6 +34,8 @@ from elasticd.worker.stream import Stream
 if TYPE_CHECKING:
     from elasticd.worker.pipeline import Pipeline  # it takes as long to import as all the rest of torch.distributed
 log = logging.getLogger(__name__)
+
+_WHOLE = "give each rank the whole data set, without a DistributedSampler or a part of its own; the step divides it"
 
 
 class PlannedSteps:
@@ -57,6 +59,9 @@ class PlannedSteps:
         self._gradients: Gradients | None = None
         self._source: Source | None = None
         self._agreed = False
+        #: Samples of a micro-batch: of the last step, and of the steps before a restart until they were compared.
+        self._size: int | None = None
+        self._saved_size: int | None = None
         self._loader: Loader | None = None
         self._order: SampleOrder | None = None
         self._stream: Stream | None = None
@@ -103,18 +108,13 @@ class PlannedSteps:
     def state(self, step: int) -> dict[str, Any]:
         """For a checkpoint of so many completed steps: what a step is, and where the stream stands, if there is one."""
         stream = self._saved_stream if self._stream is None else self._stream.state(step)
-        return {"micro_batches": self.micro_batches, "stream": stream}
+        return {"micro_batches": self.micro_batches, "size": self._size, "stream": stream}
 
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Go on from what ``state`` gave, among other things, for the step that comes now."""
         self._stream, self._saved_stream = None, saved.get("stream")
-        then = saved.get("micro_batches")
-        if then not in (None, self.micro_batches) and dist.get_rank() == 0:
-            log.warning(
-                "elasticd: steps had %d micro-batches so far, and %d from here on: the batch is another, and the curve",
-                then,
-                self.micro_batches,
-            )
+        self._size = self._saved_size = saved.get("size")
+        _tell_of_another_batch("steps", "micro-batches", saved.get("micro_batches"), self.micro_batches)
 
     def close(self) -> None:
         """Workers that load ahead end."""
@@ -204,29 +204,28 @@ class PlannedSteps:
     def _loader_of(self, source: Source, step: int, cursor: Cursor) -> Loader | Stream:
         """The one that is in use, as long as the data set is the same and the cursor where it was expected."""
         if not self._agreed:
-            self._agree_on_length(source.length)
+            self._agree_on(source)
+        self._size = source.size
         if source.length is None or self._stream is not None:
             return self._stream_of(source, step)
         known = self._source is not None and self._source.is_like(source)
         if self._loader is None or self._order is None or not known or self._order.cursor_at(step) != cursor:
-            self._source = source
+            _tell_of_another_batch("micro-batches", "samples", self._saved_size, source.size)
+            self._source, self._saved_size = source, None
             of_a_step = {"micro_batches": self.micro_batches, "size": source.size, "length": source.length}
             self._order = SampleOrder(step, cursor, **of_a_step, seed=self._seed or 0)
             self._loader = make_loader(source, self._order.ids_of)
         self._order.begin(step, self._todo)
         return self._loader
 
-    def _agree_on_length(self, length: int | None) -> None:
-        """Collective, once: who is used to divide the data among ranks will have done so before."""
-        if self._group is not None:
-            said = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-            said[dist.get_rank()] = -1 if length is None else length
-            dist.all_reduce(said, group=self._group)
-            if len(set(lengths := said.tolist())) > 1:
-                raise ConfigError(
-                    f"the ranks' data sets have {lengths} samples (-1: a stream): give each rank the whole data set, "
-                    "without a DistributedSampler or a part of its own; the step divides it"
-                )
+    def _agree_on(self, source: Source) -> None:
+        """Collective, once: who is used to divide the data among ranks will have done so before.
+
+        A size that changes later is found out by where the data stands then (control.py): to compare it here would take
+        an exchange in each step, and to refuse it would forbid schedules of it, which all ranks may well keep to.
+        """
+        said = {"dataset": source.described(), "size": source.size, "workers": source.readers}
+        agree("step.micro_batches", said, self._group, advice={"dataset": _WHOLE})
         self._agreed = True
 
     def _stream_of(self, source: Source, step: int) -> Stream:
@@ -249,6 +248,18 @@ class PlannedSteps:
         torch.default_generator.manual_seed(seed)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(seed)
+
+
+def _tell_of_another_batch(what: str, have: str, then: int | None, now: int) -> None:
+    """After a restart; ``then`` None: nothing is known."""
+    if then not in (None, now) and dist.get_rank() == 0:
+        log.warning(
+            "elasticd: %s had %d %s so far, and %d from here on: the batch is another, and the curve",
+            what,
+            then,
+            have,
+            now,
+        )
 
 
 class StepWork:
