@@ -3,7 +3,8 @@
 They are those of its replica (layout.py): all of a replica's ranks compute the same ones.
 
 What a micro-batch computes depends on the job's seed, the step and its number in it, and on nothing of the world: its
-samples (data.py) and, where the job has a seed, torch's random states, from which dropout draws.
+samples (data.py) and, where the job has a seed, what they draw at random (draws.py), and torch's random states, from
+which dropout draws.
 
 Not here: the step that they belong to (step.py), how each of these is done (loading.py, gradients.py, exact.py).
 """
@@ -11,6 +12,7 @@ Not here: the step that they belong to (step.py), how each of these is done (loa
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from elasticd.worker.agreement import agree
+from elasticd.worker.agreement import agree, numbers_of_all
 from elasticd.worker.clock import MicroBatchClock
 from elasticd.worker.data import Cursor
+from elasticd.worker.draws import MODEL, Draws
 from elasticd.worker.exact import ExactGradients
 from elasticd.worker.gradients import Gradients, MeanGradients, shards, trained
 from elasticd.worker.layout import Arrangement
@@ -28,7 +31,7 @@ from elasticd.worker.loading import Loader, Source, make_loader, to_device
 from elasticd.worker.losses import StepLosses
 from elasticd.worker.order import Key, SampleOrder
 from elasticd.worker.shares import CurrentShares, Work, as_told
-from elasticd.worker.state import Registered, derive_seed
+from elasticd.worker.state import Registered
 from elasticd.worker.stream import Stream
 
 if TYPE_CHECKING:
@@ -51,8 +54,11 @@ class PlannedSteps:
         seed: int | None,
         tell: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        self._work, self._group, self._device, self._seed = work, group, device, seed
+        self._work, self._group, self._device, self._seed = work, group, device, seed or 0
         self._arranged = arranged
+        given = seed is not None or work.exact
+        of_this_run = 0 if given else numbers_of_all([secrets.randbits(62)], group)[0][0]
+        self._draws = Draws(seed=self._seed or of_this_run, given=given, replica=arranged.replica)
         self._shares = CurrentShares(work, group, arranged, tell)
         self._clock = MicroBatchClock(device)
         self._losses = StepLosses(work.micro_batches, group, device)
@@ -213,8 +219,8 @@ class PlannedSteps:
             _tell_of_another_batch("micro-batches", "samples", self._saved_size, source.size)
             self._source, self._saved_size = source, None
             of_a_step = {"micro_batches": self.micro_batches, "size": source.size, "length": source.length}
-            self._order = SampleOrder(step, cursor, **of_a_step, seed=self._seed or 0)
-            self._loader = make_loader(source, self._order.ids_of)
+            self._order = SampleOrder(step, cursor, **of_a_step, seed=self._seed)
+            self._loader = make_loader(source, self._order.ids_of, self._draws)
         self._order.begin(step, self._todo)
         return self._loader
 
@@ -230,7 +236,9 @@ class PlannedSteps:
 
     def _stream_of(self, source: Source, step: int) -> Stream:
         if self._stream is None:
-            self._stream = Stream(source, step=step, micro_batches=self.micro_batches, saved=self._saved_stream)
+            self._stream = Stream(
+                source, self._draws, step=step, micro_batches=self.micro_batches, saved=self._saved_stream
+            )
         if not self._stream.is_like(source):
             raise ValueError("give step.micro_batches the same stream in each step: another would begin at its start")
         return self._stream
@@ -241,10 +249,10 @@ class PlannedSteps:
         return order.ids_of(key)
 
     def _seed_for(self, step: int, micro_batch: int, stage: int = 0) -> None:
-        """Stages of a pipeline must not draw the same. torch.manual_seed would take 0.1 ms, for devices not in use."""
-        if self._seed is None and not self._work.exact:
+        """What the model draws. Stages of a pipeline must not draw the same; it is not what the data has drawn."""
+        if not self._draws.given:
             return
-        seed = derive_seed(self._seed or 0, step, micro_batch, 1 + stage)
+        seed = self._draws.of(step, micro_batch, MODEL + stage)
         torch.default_generator.manual_seed(seed)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(seed)
