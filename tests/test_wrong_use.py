@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from worker_runs import world
 
 from elasticd import Session
 from elasticd.errors import ConfigError
+from elasticd.worker.data import Cursor
+from elasticd.worker.loading import Source
 from elasticd.worker.step import Step
 
 DATA = [torch.ones(1)] * 20
@@ -175,6 +178,51 @@ def test_another_size_after_a_restart_is_told_once_and_a_checkpoint_that_does_no
         session.planned.resume({"micro_batches": 4, "stream": None})
         steps(session, model)
     assert caplog.text.count(told) == 0
+
+
+class Ones:
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.ones(1)
+
+
+def collated(samples: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(samples)
+
+
+@pytest.mark.parametrize(
+    ("data", "collate", "workers", "what"),
+    [
+        (Ones, lambda: None, 1, "dataset"),
+        (lambda: DATA, lambda: partial(collated), 1, "collate"),
+        (Ones, lambda: partial(collated), 1, "dataset and collate"),
+        (lambda: DATA, lambda: collated, 1, None),
+        (Ones, lambda: partial(collated), 0, None),
+    ],
+)
+def test_workers_that_start_anew_in_each_step_are_told_of_once(
+    data: Any, collate: Any, workers: int, what: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Session(micro_batches=2) as session:
+        model = trainee(session)
+        for step in session.steps(until=3):
+            with step:
+                for batch in step.micro_batches(data(), size=1, collate=collate(), workers=workers):
+                    step.backward(model(batch).mean())
+    told = [record.getMessage() for record in caplog.records if "start anew" in record.getMessage()]
+    assert len(told) == (what is not None)
+    assert what is None or f"got another {what} than in the step before, so its 1 workers start anew" in told[0]
+
+
+def test_workers_for_a_gpu_pin_what_they_load() -> None:
+    for device in ("cpu", "cuda"):
+        with Session(micro_batches=2, device="cpu") as session:
+            trainee(session)
+            session.planned._device = torch.device(device)
+            loader = session.planned._loader_of(Source(dataset=DATA, length=20, size=1, workers=1), 0, Cursor())
+            assert loader._loader.pin_memory == (device == "cuda")
 
 
 def divided_data() -> None:

@@ -43,6 +43,12 @@ class Source:
     def is_like(self, other: Source) -> bool:
         return self.dataset is other.dataset and replace(self, dataset=None) == replace(other, dataset=None)
 
+    def changed_from(self, other: Source) -> list[str]:
+        """The arguments in which they differ."""
+        names = ("dataset", "size", "workers", "prefetch", "collate")
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return [name for name, (new, old) in pairs.items() if new is not old and (name == "dataset" or new != old)]
+
     @property
     def readers(self) -> int | None:
         """The processes that read a stream, on whose number its order depends; None of a map-style data set."""
@@ -103,9 +109,14 @@ class _Seeded(Dataset[Any]):
 
 
 class PrefetchingLoader:
-    """Loads in worker processes, ahead of time. ``ids_of`` says which samples a micro-batch has."""
+    """Loads in worker processes, ahead of time. ``ids_of`` says which samples a micro-batch has.
 
-    def __init__(self, source: Source, ids_of: Callable[[Key], list[int]], draws: Draws) -> None:
+    ``pinned``: for a GPU, to which only pinned memory is copied beside what the device computes.
+    """
+
+    def __init__(
+        self, source: Source, ids_of: Callable[[Key], list[int]], draws: Draws, *, pinned: bool = False
+    ) -> None:
         self._ids_of, self._draws = ids_of, draws
         self._step = 0
         self._owned: tuple[int, ...] = ()
@@ -124,6 +135,7 @@ class PrefetchingLoader:
             prefetch_factor=source.prefetch,
             collate_fn=source.collate,
             generator=self._generator,
+            pin_memory=pinned,
         )
         self._batches: Iterator[Any] | None = None
 
@@ -178,8 +190,10 @@ class PrefetchingLoader:
 Loader = DirectLoader | PrefetchingLoader
 
 
-def make_loader(source: Source, ids_of: Callable[[Key], list[int]], draws: Draws) -> Loader:
-    return PrefetchingLoader(source, ids_of, draws) if source.workers else DirectLoader(source, ids_of, draws)
+def make_loader(source: Source, ids_of: Callable[[Key], list[int]], draws: Draws, *, pinned: bool) -> Loader:
+    if source.workers:
+        return PrefetchingLoader(source, ids_of, draws, pinned=pinned)
+    return DirectLoader(source, ids_of, draws)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

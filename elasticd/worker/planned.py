@@ -64,11 +64,12 @@ class PlannedSteps:
         self._losses = StepLosses(work.micro_batches, group, device)
         self._gradients: Gradients | None = None
         self._source: Source | None = None
-        self._agreed = False
+        self._agreed = self._warned = False
         #: Samples of a micro-batch: of the last step, and of the steps before a restart until they were compared.
         self._size: int | None = None
         self._saved_size: int | None = None
         self._loader: Loader | None = None
+        self._loader_since = 0
         self._order: SampleOrder | None = None
         self._stream: Stream | None = None
         self._saved_stream: Mapping[str, Any] | None = None
@@ -214,15 +215,31 @@ class PlannedSteps:
         self._size = source.size
         if source.length is None or self._stream is not None:
             return self._stream_of(source, step)
-        known = self._source is not None and self._source.is_like(source)
-        if self._loader is None or self._order is None or not known or self._order.cursor_at(step) != cursor:
+        if self._loader is None or self._order is None or not self._goes_on(source, step, cursor):
             _tell_of_another_batch("micro-batches", "samples", self._saved_size, source.size)
-            self._source, self._saved_size = source, None
+            self._source, self._saved_size, self._loader_since = source, None, step
             of_a_step = {"micro_batches": self.micro_batches, "size": source.size, "length": source.length}
             self._order = SampleOrder(step, cursor, **of_a_step, seed=self._seed)
-            self._loader = make_loader(source, self._order.ids_of, self._draws)
+            self._loader = make_loader(source, self._order.ids_of, self._draws, pinned=self._device.type == "cuda")
         self._order.begin(step, self._todo)
         return self._loader
+
+    def _goes_on(self, source: Source, step: int, cursor: Cursor) -> bool:
+        assert self._source is not None
+        assert self._order is not None
+        if self._order.cursor_at(step) != cursor:
+            return False
+        if self._source.is_like(source):
+            return True
+        if source.workers and step <= self._loader_since + 1 and not self._warned and dist.get_rank() == 0:
+            log.warning(
+                "elasticd: step.micro_batches got another %s than in the step before, so its %d workers start anew, as "
+                "they will in each step that brings new ones: make it once, before the loop over steps",
+                " and ".join(source.changed_from(self._source)),
+                source.workers,
+            )
+            self._warned = True
+        return False
 
     def _agree_on(self, source: Source) -> None:
         """Collective, once: who is used to divide the data among ranks will have done so before.

@@ -104,9 +104,9 @@ class Step:
         With more ranks than micro-batches, some compute a stand-in that counts nothing.
 
         ``dataset`` has ``__len__`` and ``__getitem__`` (or ``__getitems__``); ``workers`` processes load ``prefetch``
-        micro-batches each ahead of time, 0 loads here; ``collate`` as in torch's DataLoader. What data
-        set and collate draw at random from the generators of torch, Python and NumPy follows from (seed, step,
-        micro-batch) too, if the session has a seed
+        micro-batches each ahead of time, 0 loads here; ``collate`` as in torch's DataLoader. With workers give the same
+        objects in each step: new ones start new workers. What data set and collate draw at random from the generators
+        of torch, Python and NumPy follows from (seed, step, micro-batch) too, if the session has a seed
         (worker/draws.py). ``size`` may change from step to step, on all ranks alike.
 
         Or it is a stream: an IterableDataset, any other iterable that can be begun anew, or a (Stateful)DataLoader over
