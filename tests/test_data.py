@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elasticd.worker.data import Cursor, Permutation, sample_ids, shard
+from elasticd.worker import data as module
+from elasticd.worker.data import Cursor, Permutation, many_sample_ids, sample_ids, shard
 from elasticd.worker.order import SampleOrder
 
 seeds = st.integers(0, 2**64 - 1)
@@ -51,6 +53,29 @@ def test_a_large_batch_is_computed_at_once_and_gives_the_same_samples(
     cursor = Cursor(epoch=3).advanced(start, size)
     one_by_one = [sample_ids(cursor, [position], size=size, seed=seed)[0] for position in range(count)]
     assert sample_ids(cursor, range(count), size=size, seed=seed) == one_by_one
+
+
+def test_the_order_of_a_late_step_costs_as_much_as_that_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many epochs lie between it and the process's start."""
+    made = []
+
+    class Counted(Permutation):
+        def __init__(self, size: int, *, seed: int, epoch: int) -> None:
+            made.append(epoch)
+            super().__init__(size, seed=seed, epoch=epoch)
+
+    monkeypatch.setattr(module, "Permutation", Counted)
+    order = SampleOrder(0, Cursor(epoch=2), micro_batches=4, size=16, length=640, seed=9)
+    for step in (0, 5000):  # an epoch has ten steps; ids of sixteen are computed together
+        made.clear()
+        order.begin(step, (0, 1, 2, 3))
+        order.ids_of((step, 0))
+        assert made == [2 + step // 10, 3 + step // 10]
+
+
+def test_no_samples_are_an_empty_array() -> None:
+    none = np.empty((0, 3), dtype=np.uint64)
+    assert many_sample_ids(Cursor(), none, size=5, seed=1).shape == (0, 3)
 
 
 @pytest.mark.parametrize("index", [-1, 10])

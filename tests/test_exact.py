@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,17 @@ from elasticd.worker.state import Registered
 SEED, COUNT = 3, 8
 
 
-def train_points(until: int, caps: list[int], directory: Path | None, exact: bool, workers: int = 0) -> None:
+class Augmented(Points):
+    """Each time with another noise."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = super().__getitem__(index)
+        return inputs + 0.1 * torch.randn(6) + 0.1 * random.random(), targets
+
+
+def train_points(
+    until: int, caps: list[int], directory: Path | None, exact: bool, workers: int = 0, data: type[Points] = Points
+) -> None:
     """Run by a rank: prints the SHA-256 of the weights at the end."""
     rank = int(os.environ["RANK"])
     settings = {"micro_batches": COUNT, "max_micro_batches": caps[rank], "exact": exact}
@@ -37,9 +49,10 @@ def train_points(until: int, caps: list[int], directory: Path | None, exact: boo
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         session.register(model=model, optimizer=optimizer)
         session.restore()
+        points = data()
         for step in session.steps(until=until):
             with step:
-                for inputs, targets in step.micro_batches(Points(), size=2, workers=workers):
+                for inputs, targets in step.micro_batches(points, size=2, workers=workers):
                     step.backward((model(inputs) - targets).square().mean())
                 optimizer.step()
         print(fingerprint(model))
@@ -49,6 +62,16 @@ def train_in_buckets(*arguments: object) -> None:
     """Run by a rank: the same, with the gradients in three parts."""
     exact.BUCKET_ELEMENTS = 20
     train_points(*arguments)
+
+
+def train_augmented(*arguments: Any) -> None:
+    """Run by a rank: the same, with random augmentation."""
+    train_points(*arguments, data=Augmented)
+
+
+def train_augmented_with_a_worker(*arguments: Any) -> None:
+    """Run by a rank: the same, where DataLoader's worker draws."""
+    train_points(*arguments, workers=1, data=Augmented)
 
 
 def bits(until: int, caps: list[int], directory: Path | None = None, *, exact: bool = True, run=train_points) -> str:
@@ -65,6 +88,14 @@ def test_exact_mode_ends_in_the_same_bits_on_any_world_with_and_without_a_restar
     bits(11, [1, 7], tmp_path)
     bits(23, [3, 3, 2], tmp_path)
     assert bits(30, [4, 4], tmp_path) == whole
+
+
+def test_random_augmentation_has_the_same_bits_on_any_world(tmp_path: Path) -> None:
+    whole = bits(10, [8], run=train_augmented)
+    assert bits(10, [3, 5], run=train_augmented) == whole
+    bits(4, [5, 3], tmp_path, run=train_augmented)
+    assert bits(10, [1, 7], tmp_path, run=train_augmented_with_a_worker) == whole
+    assert whole != bits(10, [8])
 
 
 def test_without_exact_mode_the_bits_differ(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def exact_pipeline() -> None:
     ("size", "target", "why"),
     [(3, no_whole_number, "a world of 3 ranks cannot hold this layout (tensor 2)"),
      (3, no_whole_copies, "cannot hold this layout (shard 2)"),
-     (2, disagree, "the layout must be the same on all ranks"),
+     (2, disagree, "Session(layout=...) must be the same on all ranks: rank 0 says "),
      (2, nodes_differ, "there are 1 to 2: say a number"),
      (2, tensor_parallel_without_layout, "nothing averages the gradients of this model over its 2 replicas"),
      (4, ddp_over_tensor_parallel, "makes plain tensors of a tensor-parallel model's parameters"),

@@ -91,24 +91,28 @@ def test_the_loss_curve_is_the_same_on_any_world_and_under_any_shares(tmp_path: 
             assert loss == pytest.approx(alone[step], rel=1e-4), (caps, step)
 
 
-def train_epochs(until: int, directory: Path, path: Path) -> None:
+def train_epochs(until: int, directory: Path, path: Path, workers: int) -> None:
     """Run by a rank: 40 samples, 16 a step, so that the third and the fifth step hold an epoch's end."""
     with Session(checkpoint_dir=directory, micro_batches=COUNT, seed=SEED) as session, path.open("a") as file:
         model = DistributedDataParallel(small())
         session.register(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
         session.restore()
+        data = Points(40)
         for step in session.steps(until=until):
             with step:
-                for inputs, targets in step.micro_batches(Points(40), size=2):
+                for inputs, targets in step.micro_batches(data, size=2, workers=workers):
                     step.backward((model(inputs) - targets).square().mean())
             file.write(json.dumps({"step": session.step, "ids": step.sample_ids, "epoch": session.cursor.epoch}) + "\n")
 
 
-def test_an_epoch_ends_in_the_middle_of_a_step_and_of_a_resize_with_each_sample_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_ends_in_the_middle_of_a_step_and_of_a_resize_with_each_sample_once(
+    workers: int, tmp_path: Path
+) -> None:
     """Nothing is dropped or padded: the step takes the rest from the next epoch."""
     path = tmp_path / "ledger"
     for size, until in ((2, 2), (3, 3), (1, 5)):
-        run_world(size, train_epochs, until, tmp_path / "checkpoints", path)
+        run_world(size, train_epochs, until, tmp_path / "checkpoints", path, workers)
     by_step = defaultdict(list)
     for line in ledger(path):
         by_step[line["step"]] += line["ids"]

@@ -21,11 +21,13 @@ from elasticd import Session
 from elasticd.bench.balance import FAST, SLOW, train
 from elasticd.testing import cgroups
 from elasticd.worker.clock import MicroBatchClock
+from elasticd.worker.draws import Draws
 from elasticd.worker.loading import PrefetchingLoader, Source
 from elasticd.worker.order import Key
 from elasticd.worker.shares import as_told
 
 COUNT = 8
+DRAWS = Draws(seed=0, given=True)
 
 
 def timed(clock: MicroBatchClock, model: nn.Module, count: int, *, waited: bool) -> None:
@@ -176,7 +178,7 @@ def test_batches_are_right_whatever_the_shares_become_and_however_often_a_step_i
         asked.append(key)
         return [key[0] * 10 + key[1]]
 
-    loader = PrefetchingLoader(Source(dataset=Ids(), length=1000, size=1, workers=1, prefetch=3), ids_of)
+    loader = PrefetchingLoader(Source(dataset=Ids(), length=1000, size=1, workers=1, prefetch=3), ids_of, DRAWS)
     owned = [(0, 1, 2)] * 4 + [(0, 1, 2, 5)] * 3 + [(1,)] * 3 + [(0, 1, 2, 3, 4, 5)] * 4
     for step, mine in enumerate(owned):
         for attempt in range(2 if step in (2, 5) else 1):

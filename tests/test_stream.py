@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import eventually
@@ -24,10 +26,12 @@ from worker_runs import ledger, run_world, world
 
 from elasticd import Session
 from elasticd.errors import ConfigError
+from elasticd.worker.draws import Draws
 from elasticd.worker.loading import Source
 from elasticd.worker.stream import Stream, is_stream
 
 SIZE, COUNT, LENGTH = 2, 8, 45
+DRAWS = Draws(seed=1, given=True)
 pytestmark = pytest.mark.usefixtures("in_plain_python")
 
 
@@ -89,7 +93,7 @@ def taken(stream: Stream, step: int, owned: tuple[int, ...]) -> list[list[int]]:
 
 def make(dataset: Any, *, step: int = 0, saved: Any = None, **source: Any) -> Stream:
     known = Source(dataset=dataset, length=None, size=SIZE, **source)
-    return Stream(known, step=step, micro_batches=COUNT, saved=saved)
+    return Stream(known, DRAWS, step=step, micro_batches=COUNT, saved=saved)
 
 
 def own_loader(workers: int = 0) -> StatefulDataLoader[torch.Tensor]:
@@ -111,6 +115,72 @@ def test_it_goes_on_over_epochs_and_restarts_under_other_shares(dataset: type[Nu
         if step % 2:
             saved = json.loads(json.dumps(stream.state(step + 1)))
             stream = make(dataset(), step=step + 1, saved=saved, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dataset", [Numbers, Kept])
+def test_a_state_that_is_taken_at_the_end_of_an_epoch(dataset: type[Numbers], workers: int) -> None:
+    """After its last micro-batch: the end itself has not been seen yet."""
+    length = 2 * COUNT * SIZE
+    expected = order(6 * COUNT, workers=workers, length=length)
+    stream = make(dataset(length), workers=workers)
+    for step in range(6):
+        assert taken(stream, step, tuple(range(COUNT))) == expected[step * COUNT : (step + 1) * COUNT]
+        if step % 2:
+            saved = json.loads(json.dumps(stream.state(step + 1)))
+            assert (saved["epoch"], saved["taken"]) == (step // 2, 2 * COUNT)
+            stream = make(dataset(length), step=step + 1, saved=saved, workers=workers)
+
+
+class Drawing(IterableDataset[torch.Tensor]):
+    """In an order that is drawn when an epoch begins; each sample is what else was drawn for it."""
+
+    def __init__(self, length: int = 3 * COUNT * SIZE) -> None:
+        self.length = length
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        order = random.sample(range(self.length), self.length)
+        return (torch.tensor([index, torch.rand(()).item(), random.random(), np.random.rand()]) for index in order)
+
+
+def drawn(stream: Stream, step: int, owned: tuple[int, ...]) -> dict[tuple[int, int], Any]:
+    return {(step, micro_batch): batch for micro_batch, batch in zip(owned, taken(stream, step, owned), strict=True)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_stream_draws_is_the_same_on_all_ranks_and_after_a_restart(workers: int) -> None:
+    """Ranks whose own states differ, of other shares; the second begins in the middle of an epoch, and reads it again."""
+    everything = tuple(range(COUNT))
+    torch.manual_seed(1)
+    first = make(Drawing(), workers=workers)
+    whole = {key: batch for step in range(5) for key, batch in drawn(first, step, everything).items()}
+    assert len({json.dumps(batch) for batch in whole.values()}) == len(whole)
+    torch.manual_seed(2)
+    random.seed(2)
+    np.random.seed(2)
+    second = make(Drawing(), workers=workers)
+    found = drawn(second, 0, (3,)) | drawn(second, 1, (0, 7))
+    third = make(Drawing(), step=2, saved=second.state(2), workers=workers)
+    found |= drawn(third, 2, (5, 6)) | drawn(third, 4, everything) | drawn(third, 2, (1,))
+    assert found == {key: whole[key] for key in found}
+
+
+def test_a_stream_leaves_the_scripts_own_states_alone() -> None:
+    def own() -> list[float]:
+        return [torch.rand(()).item(), random.random(), np.random.rand()]
+
+    def seed() -> None:
+        torch.manual_seed(4)
+        random.seed(4)
+        np.random.seed(4)
+
+    seed()
+    expected = own()
+    seed()
+    stream = make(Drawing())
+    taken(stream, 0, (1, 2))
+    stream.state(1)
+    assert own() == expected
 
 
 def test_a_loader_of_the_scripts_own() -> None:
@@ -243,6 +313,29 @@ def steps_of(session: Session, data: Any, *, until: int, size: int = SIZE, **opt
     return seen
 
 
+class Batches(IterableDataset[Any]):
+    """Makes batches by itself."""
+
+    def __init__(self, *sizes: int, nested: bool = False) -> None:
+        self.sizes, self.nested = sizes, nested
+
+    def __iter__(self) -> Iterator[Any]:
+        for size in self.sizes:
+            ones = torch.ones(size)
+            yield {"of": "ones", "numbers": ([], (ones, torch.ones(7)))} if self.nested else ones
+
+
+class Words(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter([["one", "two"]] * 9)
+
+
+def test_batches_of_the_data_sets_own() -> None:
+    stream = make(DataLoader(Batches(*[SIZE] * 5, nested=True), None))
+    stream.begin(1, (0,))
+    assert stream.take((1, 0))["numbers"][1][0].tolist() == [1.0, 1.0]
+
+
 def test_any_iterable_will_do_and_its_samples_are_counted() -> None:
     with Session(micro_batches=COUNT) as session:
         assert steps_of(session, dict.fromkeys(range(20), "").keys(), until=2)[0] == [0, 1]
@@ -264,6 +357,14 @@ def test_any_iterable_will_do_and_its_samples_are_counted() -> None:
             "gives batches of 3, and micro-batches have 2 samples: make it with batch_size=2",
         ),
         (DataLoader(Numbers(), 2), {}, "drop_last=True"),
+        (
+            DataLoader(Batches(3), None),
+            {},
+            r"a batch with one of shape \(3,\) as its first tensor; micro-batches have 2",
+        ),
+        (DataLoader(Numbers(), None), {}, r"one of shape \(\) as its first tensor"),
+        (DataLoader(Batches(2, 2, 1), None), {}, r"one of shape \(1,\) as its first tensor"),
+        (DataLoader(Words(), None), {}, "a batch with no tensor"),
         (own_loader(), {"workers": 1}, "a loader has workers and a collate function of its own"),
     ],
 )

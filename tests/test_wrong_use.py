@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ from worker_runs import run_world, world
 from elasticd import Session
 from elasticd.errors import ConfigError
 from elasticd.worker import losses
-from elasticd.worker.layout import check_devices
+from elasticd.worker import session as session_module
+from elasticd.worker.data import Cursor
+from elasticd.worker.loading import Source
 from elasticd.worker.step import Step
+from elasticd.worker.world import join_world
 
 DATA = [torch.ones(1)] * 20
 pytestmark = pytest.mark.usefixtures("in_plain_python")
@@ -155,23 +160,93 @@ def test_another_data_set_after_a_restart_is_refused_and_another_number_of_micro
         model = trainee(session)
         with pytest.raises(ValueError, match="the data set has 40 samples, but had 20 when this epoch began"):
             steps(session, model, until=2, data=DATA + DATA)
-    assert "micro-batches so far" not in caplog.text
+    assert "so far" not in caplog.text
     with Session(micro_batches=2, checkpoint_dir=tmp_path) as session:
         steps(session, trainee(session), until=2)
     assert "steps had 4 micro-batches so far, and 2 from here on" in caplog.text
+    assert "samples so far" not in caplog.text
+
+
+def test_another_size_after_a_restart_is_told_once_and_a_checkpoint_that_does_not_say_it_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = "micro-batches had 2 samples so far, and 1 from here on"
+    with Session(micro_batches=4, checkpoint_dir=tmp_path) as session:
+        steps(session, trainee(session), size=2)
+    for until in (2, 3):
+        caplog.clear()
+        with Session(micro_batches=4, checkpoint_dir=tmp_path) as session:
+            model = trainee(session)
+            session.save()  # before a step has said it again
+            steps(session, model, until=until)
+            steps(session, model, until=until, size=2)
+        assert caplog.text.count(told) == (until == 2)
+    with Session(micro_batches=4) as session:
+        model = trainee(session)
+        session.planned.resume({"micro_batches": 4, "stream": None})
+        steps(session, model)
+    assert caplog.text.count(told) == 0
+
+
+class Ones:
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.ones(1)
+
+
+def collated(samples: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(samples)
+
+
+@pytest.mark.parametrize(
+    ("data", "collate", "workers", "what"),
+    [
+        (Ones, lambda: None, 1, "dataset"),
+        (lambda: DATA, lambda: partial(collated), 1, "collate"),
+        (Ones, lambda: partial(collated), 1, "dataset and collate"),
+        (lambda: DATA, lambda: collated, 1, None),
+        (Ones, lambda: partial(collated), 0, None),
+    ],
+)
+def test_workers_that_start_anew_in_each_step_are_told_of_once(
+    data: Any, collate: Any, workers: int, what: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Session(micro_batches=2) as session:
+        model = trainee(session)
+        for step in session.steps(until=3):
+            with step:
+                for batch in step.micro_batches(data(), size=1, collate=collate(), workers=workers):
+                    step.backward(model(batch).mean())
+    told = [record.getMessage() for record in caplog.records if "start anew" in record.getMessage()]
+    assert len(told) == (what is not None)
+    assert what is None or f"got another {what} than in the step before, so its 1 workers start anew" in told[0]
+
+
+def test_workers_for_a_gpu_pin_what_they_load() -> None:
+    for device in ("cpu", "cuda"):
+        with Session(micro_batches=2, device="cpu") as session:
+            trainee(session)
+            session.planned._device = torch.device(device)
+            loader = session.planned._loader_of(Source(dataset=DATA, length=20, size=1, workers=1), 0, Cursor())
+            assert loader._loader.pin_memory == (device == "cuda")
 
 
 def compute_on_unlike_devices() -> None:
-    """Run by a rank: rank 1 says what it would on a node whose GPUs work, and rank 0 not."""
-    with Session() as session:
-        check_devices(torch.device("cuda", 0) if session.rank else session.device, session._control.group)
+    """Run by a rank: rank 1 has a GPU, as far as a machine without any can tell, and rank 0's driver is broken."""
+    if os.environ["RANK"] == "1":
+        session_module.choose_device = lambda *_: torch.device("cuda", 0)
+    session_module.join_world = lambda place, _: join_world(place, torch.device("cpu"))
+    Session()
 
 
 def test_ranks_without_a_gpu_among_others_that_have_one() -> None:
+    """They would wait for each other in NCCL."""
     with world(2, compute_on_unlike_devices) as ranks:
         for rank in ranks:
             assert rank.wait(30) == 1
-            assert "error: some ranks compute on a GPU and others on the CPU (this one: c" in rank.output
+            assert "error: Session(device=...) must be the same on all ranks: rank 0 says cpu, rank 1 says cuda: see why" in rank.output
 
 
 def test_an_error_on_a_gpu_is_not_held_up_by_the_others() -> None:
@@ -196,7 +271,8 @@ def test_ranks_with_data_sets_of_their_own_end_with_one_line_each() -> None:
     with world(2, divided_data) as ranks:
         for rank in ranks:
             assert rank.wait(30) == 1
-            assert "elasticd: error: the ranks' data sets have [10, 11] samples" in rank.output
+            assert "elasticd: error: step.micro_batches(dataset=...) must be the same on all ranks" in rank.output
+            assert "rank 0 says 10 samples, rank 1 says 11 samples: give each rank the whole data set" in rank.output
             assert "Traceback" not in rank.output
 
 

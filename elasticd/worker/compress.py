@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from elasticd.errors import ConfigError
 from elasticd.worker.gradients import replicas, shards, trained
-from elasticd.worker.layout import said_by_all
 from elasticd.worker.powersgd import Future, LowRankAverage, PowerSGD, Sent
 from elasticd.worker.state import Registered
 
@@ -30,25 +29,12 @@ _NAMES = get_args(Compression)
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_compression(wanted: Compression | PowerSGD | None, *, exact: bool, group: dist.ProcessGroup | None) -> None:
-    """Collective. ``group`` None: a world of one. ConfigError, on all ranks, when they do not mean the same."""
+def check_compression(wanted: Compression | PowerSGD | None, *, exact: bool) -> None:
+    """ConfigError when it is none, or contradicts exact mode."""
     if wanted is not None and not isinstance(wanted, PowerSGD) and wanted not in _NAMES:
         raise ConfigError(f"compress is {wanted!r}: say {', '.join(map(repr, _NAMES))}, PowerSGD(rank=...) or None")
     if wanted is not None and exact:
         raise ConfigError("exact mode sums what is not rounded: leave out exact, or compress")
-    least, most = said_by_all(_as_numbers(wanted), group)
-    if least != most:
-        raise ConfigError("compress must be the same on all ranks")
-
-
-def _as_numbers(wanted: Compression | PowerSGD | None) -> list[int]:
-    if wanted is None:
-        return [0, 0, 0]
-    if wanted == "powersgd":
-        wanted = PowerSGD()
-    if isinstance(wanted, PowerSGD):
-        return [1 + _NAMES.index("powersgd"), wanted.rank, wanted.start_step]
-    return [1 + _NAMES.index(wanted), 0, 0]
 
 
 def compress_gradients(

@@ -129,7 +129,9 @@ def many_sample_ids(cursor: Cursor, positions: Integers, *, size: int, seed: int
     at = positions.ravel().astype(np.uint64) + np.uint64(cursor.index)
     epochs, indices = np.divmod(at, np.uint64(size))
     ids = np.empty_like(indices)
-    for epoch in range(int(epochs.min(initial=0)), int(epochs.max(initial=0)) + 1):
+    if not len(ids):
+        return ids.reshape(positions.shape)
+    for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
         here = epochs == epoch
         ids[here] = Permutation(size, seed=seed, epoch=cursor.epoch + epoch).take(indices[here])
     return ids.reshape(positions.shape)

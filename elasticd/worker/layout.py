@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from elasticd.errors import ConfigError
 from elasticd.torch_defects import draw_without_broadcast
+from elasticd.worker.agreement import numbers_of_all
 from elasticd.worker.world import Place
 
 if TYPE_CHECKING:
@@ -131,20 +132,19 @@ class Arrangement:
 
 
 def arrange(layout: Layout | None, place: Place, group: dist.ProcessGroup | None) -> Arrangement:
-    """Collective, where there is a layout. ``group``: of all ranks; None in a world of one.
+    """Collective, where there is a layout: the same on all ranks. ``group``: of all ranks; None in a world of one.
 
-    ConfigError, on all ranks, when they do not mean the same, or the world does not hold a whole number of replicas.
+    ConfigError, on all ranks, when the world does not hold a whole number of replicas.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if layout is None:
         return Arrangement(layout=Layout(), rank=rank, world_size=world_size)
-    local = place.local_world_size
-    least, most = said_by_all([layout.tensor, layout.pipeline, _code(layout), local], group)
-    if least[:-1] != most[:-1]:
-        raise ConfigError("the layout must be the same on all ranks")
     if layout.shard == "node":
-        if least[-1] != most[-1] or local % layout.replica_size:
-            ranks = f"{least[-1]}" if least[-1] == most[-1] else f"{least[-1]} to {most[-1]}"
+        local = place.local_world_size
+        locals_ = [each for (each,) in numbers_of_all([local], group)]
+        least, most = min(locals_), max(locals_)
+        if least != most or local % layout.replica_size:
+            ranks = f"{least}" if least == most else f"{least} to {most}"
             raise ConfigError(
                 f'shard="node" needs as many ranks on each node, and a multiple of {layout.replica_size}; there are '
                 f"{ranks}: say a number, shard=..."
@@ -157,27 +157,3 @@ def arrange(layout: Layout | None, place: Place, group: dist.ProcessGroup | None
             f"(ranks_per_replica = {layout.granularity} in a job file), so that the world is rounded to it"
         )
     return Arrangement(layout=layout, rank=rank, world_size=world_size)
-
-
-def check_devices(device: torch.device, group: dist.ProcessGroup | None) -> None:
-    """Collective. ConfigError, on all ranks, when some have a GPU and others do not: they would wait for each other."""
-    least, most = said_by_all([device.type == "cuda"], group)
-    if least != most:
-        raise ConfigError(
-            f"some ranks compute on a GPU and others on the CPU (this one: {device}): see why CUDA does not work on "
-            "every node, or say device='cpu' to all"
-        )
-
-
-def _code(layout: Layout) -> int:
-    return {"node": -1, None: 0}.get(layout.shard, layout.shard)  # type: ignore[arg-type, return-value]
-
-
-def said_by_all(own: list[int], group: dist.ProcessGroup | None) -> tuple[list[int], list[int]]:
-    """Collective: the least and the most that any rank says of each number."""
-    if group is None:
-        return own, own
-    extremes = torch.tensor([own, [-each for each in own]], dtype=torch.int64)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    most, least = extremes.tolist()
-    return [-each for each in least], most

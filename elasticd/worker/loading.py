@@ -13,10 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
+from elasticd.worker.draws import LOADER, MICRO_BATCH, Draws, seed_global
 from elasticd.worker.order import Key
 
 Collate = Callable[[list[Any]], Any]
@@ -40,12 +43,47 @@ class Source:
     def is_like(self, other: Source) -> bool:
         return self.dataset is other.dataset and replace(self, dataset=None) == replace(other, dataset=None)
 
+    def changed_from(self, other: Source) -> list[str]:
+        """The arguments in which they differ."""
+        names = ("dataset", "size", "workers", "prefetch", "collate")
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return [name for name, (new, old) in pairs.items() if new is not old and (name == "dataset" or new != old)]
+
+    @property
+    def readers(self) -> int | None:
+        """The processes that read a stream, on whose number its order depends; None of a map-style data set."""
+        if self.length is not None:
+            return None
+        return self.dataset.num_workers if isinstance(self.dataset, DataLoader) else self.workers
+
+    def described(self) -> str:
+        """In the same words on all ranks, if they have the same data set: by what is cheap to know of it.
+
+        Parts of equal length are told apart where they are torch's Subsets.
+        """
+        if self.length is None:
+            return "a stream"
+        which = _checksum_of_indices(self.dataset)
+        return f"{self.length} samples" + (f" of a Subset, indices {which:08x}" if which else "")
+
+
+def _checksum_of_indices(dataset: Any) -> int:
+    """Of a Subset, of a Subset's Subset too. 0 for everything else, and for indices that are no numbers."""
+    checksum = 0
+    while isinstance(dataset, Subset):
+        try:
+            checksum = crc32(np.asarray(dataset.indices, dtype=np.int64).tobytes(), checksum)
+        except (TypeError, ValueError, OverflowError):
+            return 0
+        dataset = dataset.dataset
+    return checksum
+
 
 class DirectLoader:
     """Loads in this process, when asked."""
 
-    def __init__(self, source: Source, ids_of: Callable[[Key], list[int]]) -> None:
-        self._source, self._ids_of = source, ids_of
+    def __init__(self, source: Source, ids_of: Callable[[Key], list[int]], draws: Draws) -> None:
+        self._source, self._ids_of, self._draws = source, ids_of, draws
 
     def begin(self, step: int, owned: tuple[int, ...]) -> None:
         pass
@@ -53,14 +91,33 @@ class DirectLoader:
     def take(self, key: Key) -> Any:
         source = self._source
         collate = source.collate or default_collate
-        return collate(_fetch(source.dataset, self._ids_of(key)))
+        with self._draws.aside():
+            self._draws.seed_here(*key, MICRO_BATCH)
+            return collate(_fetch(source.dataset, self._ids_of(key)))
+
+
+class _Seeded(Dataset[Any]):
+    """A data set as workers see it: what they draw is seeded before a micro-batch's samples are fetched."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, asked: list[int]) -> list[Any]:
+        seed, *ids = asked
+        seed_global(seed)
+        return _fetch(self._dataset, ids)
 
 
 class PrefetchingLoader:
-    """Loads in worker processes, ahead of time. ``ids_of`` says which samples a micro-batch has."""
+    """Loads in worker processes, ahead of time. ``ids_of`` says which samples a micro-batch has.
 
-    def __init__(self, source: Source, ids_of: Callable[[Key], list[int]]) -> None:
-        self._ids_of = ids_of
+    ``pinned``: for a GPU, to which only pinned memory is copied beside what the device computes.
+    """
+
+    def __init__(
+        self, source: Source, ids_of: Callable[[Key], list[int]], draws: Draws, *, pinned: bool = False
+    ) -> None:
+        self._ids_of, self._draws = ids_of, draws
         self._step = 0
         self._owned: tuple[int, ...] = ()
         #: Asked for, in the order in which they come; and what came before it was needed.
@@ -70,22 +127,27 @@ class PrefetchingLoader:
         #: The step up to which everything has been asked for, and what is left of it.
         self._ahead = -1
         self._rest: deque[Key] = deque()
-        self._loader = DataLoader(
-            source.dataset,
+        self._generator = torch.Generator()  # or it would draw from the script's random state
+        self._loader: DataLoader[Any] = DataLoader(
+            _Seeded(source.dataset),
             batch_sampler=self,
             num_workers=source.workers,
             prefetch_factor=source.prefetch,
             collate_fn=source.collate,
-            generator=torch.Generator(),  # or it would draw from the script's random state
+            generator=self._generator,
+            pin_memory=pinned,
         )
         self._batches: Iterator[Any] | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
-        """What is to be loaded next, without an end. torch asks in this process, once for each batch taken."""
+        """What is to be loaded next, without an end: each time a micro-batch's seed and its ids.
+
+        torch asks in this process, once for each batch taken.
+        """
         while True:
             key = self._next_key()
             self._asked.append(key)
-            yield self._ids_of(key)
+            yield [self._draws.of(*key, MICRO_BATCH), *self._ids_of(key)]
 
     def begin(self, step: int, owned: tuple[int, ...]) -> None:
         """The step to come, and what of it (and, for all that is known, of those after it) falls to this rank."""
@@ -105,6 +167,7 @@ class PrefetchingLoader:
 
     def take(self, key: Key) -> Any:
         if self._batches is None:
+            self._generator.manual_seed(self._draws.of(self._step, self._draws.replica, LOADER))
             self._batches = iter(self._loader)
         if key not in self._ready and key not in self._asked and key not in self._urgent and key not in self._rest:
             self._urgent.appendleft(key)  # a step that is done again, or one that was not expected
@@ -127,8 +190,10 @@ class PrefetchingLoader:
 Loader = DirectLoader | PrefetchingLoader
 
 
-def make_loader(source: Source, ids_of: Callable[[Key], list[int]]) -> Loader:
-    return PrefetchingLoader(source, ids_of) if source.workers else DirectLoader(source, ids_of)
+def make_loader(source: Source, ids_of: Callable[[Key], list[int]], draws: Draws, *, pinned: bool) -> Loader:
+    if source.workers:
+        return PrefetchingLoader(source, ids_of, draws, pinned=pinned)
+    return DirectLoader(source, ids_of, draws)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -146,7 +211,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def _fetch(dataset: Any, ids: list[int]) -> list[Any]:
     """As torch's own DataLoader does it."""
-    if hasattr(dataset, "__getitems__"):
+    if getattr(dataset, "__getitems__", None):
         samples: list[Any] = dataset.__getitems__(ids)
         return samples
     return [dataset[each] for each in ids]

@@ -3,7 +3,8 @@
 They are those of its replica (layout.py): all of a replica's ranks compute the same ones.
 
 What a micro-batch computes depends on the job's seed, the step and its number in it, and on nothing of the world: its
-samples (data.py) and, where the job has a seed, torch's random states, from which dropout draws.
+samples (data.py) and, where the job has a seed, what they draw at random (draws.py), and torch's random states, from
+which dropout draws.
 
 Not here: the step that they belong to (step.py), how each of these is done (loading.py, gradients.py, exact.py).
 """
@@ -11,6 +12,7 @@ Not here: the step that they belong to (step.py), how each of these is done (loa
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from elasticd.errors import ConfigError
+from elasticd.worker.agreement import agree, numbers_of_all
 from elasticd.worker.clock import MicroBatchClock
 from elasticd.worker.data import Cursor
+from elasticd.worker.draws import MODEL, Draws
 from elasticd.worker.exact import ExactGradients
 from elasticd.worker.first_values import check_first_values
 from elasticd.worker.gradients import Gradients, MeanGradients, Scaler, shards, trained
@@ -29,13 +32,15 @@ from elasticd.worker.loading import Loader, Source, make_loader, to_device
 from elasticd.worker.losses import StepLosses
 from elasticd.worker.order import Key, SampleOrder
 from elasticd.worker.shares import CurrentShares, Work, as_told
-from elasticd.worker.state import Registered, derive_seed
+from elasticd.worker.state import Registered
 from elasticd.worker.stream import Stream
 from elasticd.worker.world import make_side_group
 
 if TYPE_CHECKING:
     from elasticd.worker.pipeline import Pipeline  # it takes as long to import as all the rest of torch.distributed
 log = logging.getLogger(__name__)
+
+_WHOLE = "give each rank the whole data set, without a DistributedSampler or a part of its own; the step divides it"
 
 
 class PlannedSteps:
@@ -51,8 +56,11 @@ class PlannedSteps:
         seed: int | None,
         tell: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        self._work, self._group, self._device, self._seed = work, group, device, seed
+        self._work, self._group, self._device, self._seed = work, group, device, seed or 0
         self._arranged = arranged
+        given = seed is not None or work.exact
+        of_this_run = 0 if given else numbers_of_all([secrets.randbits(62)], group)[0][0]
+        self._draws = Draws(seed=self._seed or of_this_run, given=given, replica=arranged.replica)
         self._shares = CurrentShares(work, group, arranged, tell)
         self._clock = MicroBatchClock(device)
         self._losses = StepLosses(work.micro_batches, make_side_group(), device)
@@ -61,8 +69,12 @@ class PlannedSteps:
         #: Of how many micro-batches of the last step this rank's gradients were reduced by themselves (FSDP2).
         self.scatters = 1
         self._source: Source | None = None
-        self._agreed = False
+        self._agreed = self._warned = False
+        #: Samples of a micro-batch: of the last step, and of the steps before a restart until they were compared.
+        self._size: int | None = None
+        self._saved_size: int | None = None
         self._loader: Loader | None = None
+        self._loader_since = 0
         self._order: SampleOrder | None = None
         self._stream: Stream | None = None
         self._saved_stream: Mapping[str, Any] | None = None
@@ -120,18 +132,13 @@ class PlannedSteps:
     def state(self, step: int) -> dict[str, Any]:
         """For a checkpoint of so many completed steps: what a step is, and where the stream stands, if there is one."""
         stream = self._saved_stream if self._stream is None else self._stream.state(step)
-        return {"micro_batches": self.micro_batches, "stream": stream}
+        return {"micro_batches": self.micro_batches, "size": self._size, "stream": stream}
 
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Go on from what ``state`` gave, among other things, for the step that comes now."""
         self._stream, self._saved_stream = None, saved.get("stream")
-        then = saved.get("micro_batches")
-        if then not in (None, self.micro_batches) and dist.get_rank() == 0:
-            log.warning(
-                "elasticd: steps had %d micro-batches so far, and %d from here on: the batch is another, and the curve",
-                then,
-                self.micro_batches,
-            )
+        self._size = self._saved_size = saved.get("size")
+        _tell_of_another_batch("steps", "micro-batches", saved.get("micro_batches"), self.micro_batches)
 
     def close(self) -> None:
         """Workers that load ahead end."""
@@ -231,34 +238,51 @@ class PlannedSteps:
     def _loader_of(self, source: Source, step: int, cursor: Cursor) -> Loader | Stream:
         """The one that is in use, as long as the data set is the same and the cursor where it was expected."""
         if not self._agreed:
-            self._agree_on_length(source.length)
+            self._agree_on(source)
+        self._size = source.size
         if source.length is None or self._stream is not None:
             return self._stream_of(source, step)
-        known = self._source is not None and self._source.is_like(source)
-        if self._loader is None or self._order is None or not known or self._order.cursor_at(step) != cursor:
-            self._source = source
+        if self._loader is None or self._order is None or not self._goes_on(source, step, cursor):
+            _tell_of_another_batch("micro-batches", "samples", self._saved_size, source.size)
+            self._source, self._saved_size, self._loader_since = source, None, step
             of_a_step = {"micro_batches": self.micro_batches, "size": source.size, "length": source.length}
-            self._order = SampleOrder(step, cursor, **of_a_step, seed=self._seed or 0)
-            self._loader = make_loader(source, self._order.ids_of)
+            self._order = SampleOrder(step, cursor, **of_a_step, seed=self._seed)
+            self._loader = make_loader(source, self._order.ids_of, self._draws, pinned=self._device.type == "cuda")
         self._order.begin(step, self._todo)
         return self._loader
 
-    def _agree_on_length(self, length: int | None) -> None:
-        """Collective, once: who is used to divide the data among ranks will have done so before."""
-        if self._group is not None:
-            said = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-            said[dist.get_rank()] = -1 if length is None else length
-            dist.all_reduce(said, group=self._group)
-            if len(set(lengths := said.tolist())) > 1:
-                raise ConfigError(
-                    f"the ranks' data sets have {lengths} samples (-1: a stream): give each rank the whole data set, "
-                    "without a DistributedSampler or a part of its own; the step divides it"
-                )
+    def _goes_on(self, source: Source, step: int, cursor: Cursor) -> bool:
+        assert self._source is not None
+        assert self._order is not None
+        if self._order.cursor_at(step) != cursor:
+            return False
+        if self._source.is_like(source):
+            return True
+        if source.workers and step <= self._loader_since + 1 and not self._warned and dist.get_rank() == 0:
+            log.warning(
+                "elasticd: step.micro_batches got another %s than in the step before, so its %d workers start anew, as "
+                "they will in each step that brings new ones: make it once, before the loop over steps",
+                " and ".join(source.changed_from(self._source)),
+                source.workers,
+            )
+            self._warned = True
+        return False
+
+    def _agree_on(self, source: Source) -> None:
+        """Collective, once: who is used to divide the data among ranks will have done so before.
+
+        A size that changes later is found out by where the data stands then (control.py): to compare it here would take
+        an exchange in each step, and to refuse it would forbid schedules of it, which all ranks may well keep to.
+        """
+        said = {"dataset": source.described(), "size": source.size, "workers": source.readers}
+        agree("step.micro_batches", said, self._group, advice={"dataset": _WHOLE})
         self._agreed = True
 
     def _stream_of(self, source: Source, step: int) -> Stream:
         if self._stream is None:
-            self._stream = Stream(source, step=step, micro_batches=self.micro_batches, saved=self._saved_stream)
+            self._stream = Stream(
+                source, self._draws, step=step, micro_batches=self.micro_batches, saved=self._saved_stream
+            )
         if not self._stream.is_like(source):
             raise ValueError("give step.micro_batches the same stream in each step: another would begin at its start")
         return self._stream
@@ -269,13 +293,25 @@ class PlannedSteps:
         return order.ids_of(key)
 
     def _seed_for(self, step: int, micro_batch: int, stage: int = 0) -> None:
-        """Stages of a pipeline must not draw the same. torch.manual_seed would take 0.1 ms, for devices not in use."""
-        if self._seed is None and not self._work.exact:
+        """What the model draws. Stages of a pipeline must not draw the same; it is not what the data has drawn."""
+        if not self._draws.given:
             return
-        seed = derive_seed(self._seed or 0, step, micro_batch, 1 + stage)
+        seed = self._draws.of(step, micro_batch, MODEL + stage)
         torch.default_generator.manual_seed(seed)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(seed)
+
+
+def _tell_of_another_batch(what: str, have: str, then: int | None, now: int) -> None:
+    """After a restart; ``then`` None: nothing is known."""
+    if then not in (None, now) and dist.get_rank() == 0:
+        log.warning(
+            "elasticd: %s had %d %s so far, and %d from here on: the batch is another, and the curve",
+            what,
+            then,
+            have,
+            now,
+        )
 
 
 class StepWork:

@@ -58,6 +58,19 @@ class Position:
         else:
             seed_random(derive_seed(self.seed, step, self.random_of))
 
+    def alike(self) -> dict[str, int]:
+        """Of the data, what the ranks must have in common between two steps, by name.
+
+        Without planned steps nothing: which ranks ask for ``batch_indices`` is then the script's business.
+        """
+        if self.planned is None:
+            return {}
+        return {
+            "the size of the data set": self.dataset_size,
+            "the epoch": self.cursor.epoch,
+            "how many samples steps have had of this epoch, and so the size of micro-batches,": self.cursor.index,
+        }
+
     def _state(self, *, random_of: int | None) -> dict[str, Any]:
         cursor = {"epoch": self.cursor.epoch, "index": self.cursor.index}
         data = {"cursor": cursor, "seed": self.seed, "dataset_size": self.dataset_size}

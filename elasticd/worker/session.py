@@ -49,12 +49,13 @@ from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved
 from elasticd.errors import ConfigError, Fenced
 from elasticd.torch_defects import keep_destroyed_groups
+from elasticd.worker.agreement import agree
 from elasticd.worker.checkpoints import Checkpoints, Policy
 from elasticd.worker.compress import Compression, check_compression, compress_gradients
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
 from elasticd.worker.excepthook import show_operator_errors_as_one_line
-from elasticd.worker.layout import Layout, arrange, check_devices
+from elasticd.worker.layout import Layout, arrange
 from elasticd.worker.planned import PlannedSteps
 from elasticd.worker.position import Position
 from elasticd.worker.powersgd import PowerSGD
@@ -104,7 +105,9 @@ class Session:
     ``compress``: "bf16" or "fp16": gradients are averaged over ranks in that type, in half of the bytes; for DDP
     (worker/compress.py). "powersgd", or PowerSGD(rank=...): as matrices of low rank, in far fewer (worker/powersgd.py).
 
-    ConfigError when the directory is not writable, the environment is not whole, or the world cannot hold the layout.
+    All arguments must be the same on all ranks but for ``device``, ``max_micro_batches``, ``keep`` and
+    ``save_timeout_s``. ConfigError, on all ranks, when they are not, and when the world cannot hold the layout;
+    ConfigError when the directory is not writable, or the environment is not whole.
     """
 
     def __init__(
@@ -140,8 +143,24 @@ class Session:
         self._made_world = join_world(self._place, self.device)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._control = Control()
-        check_devices(self.device, self._control.group)
-        check_compression(compress, exact=exact, group=self._control.group)
+        agree(
+            "Session",
+            {
+                "device": self.device.type,
+                "checkpoint_dir": None if directory is None else "a directory",
+                "save_every_steps": save_every_steps,
+                "memory_every_steps": memory_every_steps,
+                "seed": seed,
+                "micro_batches": micro_batches,
+                "balance": balance,
+                "exact": exact,
+                "layout": repr(layout),
+                "compress": PowerSGD() if compress == "powersgd" else compress,
+            },
+            self._control.group,
+            advice={"device": "see why CUDA does not work on every node, or say 'cpu' to all"},
+        )
+        check_compression(compress, exact=exact)
         self._compress = compress
         self.arranged = arrange(layout, self._place, self._control.group)
         self._traffic = Traffic(self.arranged, exact=exact)
@@ -306,10 +325,12 @@ class Session:
 
         A step whose block raised is not counted: if the script goes on all the same, on every rank, it is yielded
         again. Saves, stops and the final checkpoint (at ``until``; call ``save`` when you leave earlier) happen in
-        between. StepsDiverged when the ranks are not in the same step. Fenced when a newer round stands without this
+        between. StepsDiverged when the ranks are not in the same step; ConfigError when ``until`` is not the same on
+        all of them, or their data do not stand at the same place. Fenced when a newer round stands without this
         process; SystemExit after a stop, when the daemon is gone.
         """
         self._checkpoints.begin_training()
+        self._control.talk_next()
         self._until = until
         while until is None or self.step < until:
             step = Step(self, self.step)
@@ -427,7 +448,7 @@ class Session:
         planned = self.planned
         own = planned.measure if planned is not None else lambda: as_told(self._busy.take())
         hurried = planned is not None and planned.unsettled
-        self._control.start(self.step, stop_wanted=wanted, due=due, hurried=hurried, own=own)
+        self._control.start(self.step, stop_wanted=wanted, due=due, hurried=hurried, own=own, alike=self._alike)
 
     def abandon(self) -> None:
         self._set_in_step(False)
@@ -447,6 +468,10 @@ class Session:
         self._reports.speeds(self._control.told, self.planned)
         sent_bytes = self._traffic.take(scatters=self.planned.scatters if self.planned is not None else 1)
         self._reports.step_completed(step, seconds=seconds, waited_s=waited_s, sent_bytes=sent_bytes)
+
+    def _alike(self) -> Mapping[str, int]:
+        until = -1 if self._until is None else int(min(self._until, 1 << 62))
+        return {"until, of session.steps(),": until} | self._position.alike()
 
     def _saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due once so many steps are completed."""

@@ -14,14 +14,13 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-from zlib import crc32
 
-import torch
 import torch.distributed as dist
 
 from elasticd.core.balance import Kept, Rebalanced, Speeds, SpeedUnknown, choose_first, choose_shares, is_measure
 from elasticd.core.plan import make_plan
 from elasticd.errors import ConfigError
+from elasticd.worker.agreement import numbers_of_all
 from elasticd.worker.layout import Arrangement
 
 log = logging.getLogger(__name__)
@@ -80,8 +79,8 @@ class CurrentShares:
     """Collective to make: the ranks tell each other their caps, and a replica (layout.py) takes the least of its own.
     ``group`` None: a world of one.
 
-    ``tell`` gets an event for every change, and for a speed that is none. ConfigError, on all ranks, when they do not
-    mean the same work or cannot hold it.
+    ``work`` is the same on all ranks, but for its cap. ``tell`` gets an event for every change, and for a speed that is
+    none. ConfigError, on all ranks, when they cannot hold the work.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class CurrentShares:
     ) -> None:
         self._tell = tell
         self._arranged = arranged
-        self.caps = tuple(min(caps) for caps in arranged.by_replica(_agree(work, group)))
+        self.caps = tuple(min(caps) for caps in arranged.by_replica(_tell_caps(work, group)))
         try:
             self.plan = make_plan(choose_first(work.micro_batches, self.caps, work.weights))
         except ValueError as error:
@@ -160,14 +159,6 @@ def as_told(seconds: float) -> int:
     return max(1, round(seconds * 1e9)) if is_measure(seconds) else 0
 
 
-def _agree(work: Work, group: dist.ProcessGroup | None) -> list[int]:
-    """The cap of each rank."""
-    if group is None:
-        return [work.cap]
-    said = torch.zeros(dist.get_world_size(), 4, dtype=torch.int64)
-    said[dist.get_rank()] = torch.tensor([work.micro_batches, work.cap, crc32(repr(work.balance).encode()), work.exact])
-    dist.all_reduce(said, group=group)
-    counts, caps, balances, exacts = said.T.tolist()
-    if len(set(zip(counts, balances, exacts, strict=True))) > 1:
-        raise ConfigError("micro_batches, balance and exact must be the same on all ranks")
-    return [int(cap) for cap in caps]
+def _tell_caps(work: Work, group: dist.ProcessGroup | None) -> list[int]:
+    """Of each rank."""
+    return [cap for (cap,) in numbers_of_all([work.cap], group)]

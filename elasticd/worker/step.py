@@ -102,16 +102,19 @@ class Step:
         With more ranks than micro-batches, some compute a stand-in that counts nothing.
 
         ``dataset`` has ``__len__`` and ``__getitem__`` (or ``__getitems__``); ``workers`` processes load ``prefetch``
-        micro-batches each ahead of time, 0 loads here; ``collate`` as in torch's DataLoader.
+        micro-batches each ahead of time, 0 loads here; ``collate`` as in torch's DataLoader. With workers give the same
+        objects in each step: new ones start new workers. What data set and collate draw at random from the generators
+        of torch, Python and NumPy follows from (seed, step, micro-batch) too, if the session has a seed
+        (worker/draws.py). ``size`` may change from step to step, on all ranks alike.
 
         Or it is a stream: an IterableDataset, any other iterable that can be begun anew, or a (Stateful)DataLoader over
         one, with batches of ``size`` and ``drop_last``. Micro-batches are then its own in its own order, the same on
         any world; every rank reads the whole of it and keeps its part (worker/stream.py: why, and at what cost). The
         same object in each step; where it stands is in the checkpoint.
 
-        ConfigError without ``Session(micro_batches=...)``, or when a checkpoint's stream was read in another way;
-        ValueError when a step does not fit the data set, it has changed its size in the middle of an epoch, or a stream
-        has not one micro-batch; NotFinite in exact mode.
+        ConfigError without ``Session(micro_batches=...)``, when a checkpoint's stream was read in another way, or when
+        the ranks do not have the same data and ``size``; ValueError when a step does not fit the data set, it has
+        changed its size in the middle of an epoch, or a stream has not one micro-batch; NotFinite in exact mode.
         """
         if self._host.arranged.layout.pipeline > 1:
             raise ConfigError("the layout has pipeline stages: call step.run_pipeline(...) instead of this loop")

@@ -8,7 +8,11 @@ its device (and collated, without workers). To divide the stream into shards ins
 the state of a shard would have to follow each change of shares, and its samples would depend on the number of shards.
 Where decoding is dear, a map-style data set, of which each rank reads only its own, is the better one.
 
-All ranks must see the same stream: it must not ask for the rank, and must draw from a generator of its own, seeded.
+All ranks must see the same stream: it must not ask for the rank. What it draws at random from the global generators is
+the same on all of them where the session has a seed (draws.py): without workers they are seeded for each micro-batch
+that is read, with workers at the begin of each epoch and then not again. So a stream that draws, is read by workers and
+keeps a state must keep its generator's too, or what it draws after a restart is not what it would have drawn. Without a
+seed it must draw from a generator of its own, seeded.
 
 torchdata's StatefulDataLoader keeps the state. A stream without one (no ``state_dict`` in the data set, or torchdata
 not installed) is read again from the beginning of its epoch at a restart, up to where it was.
@@ -33,10 +37,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from elasticd.errors import ConfigError
+from elasticd.worker.draws import STREAM_BATCH, STREAM_EPOCH, Draws
 from elasticd.worker.loading import Source
 from elasticd.worker.order import Key
 
 log = logging.getLogger(__name__)
+
+_END = object()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,20 +65,24 @@ class Stream:
     ConfigError when that was of micro-batches of another size, or of other workers.
     """
 
-    def __init__(self, source: Source, *, step: int, micro_batches: int, saved: Mapping[str, Any] | None) -> None:
-        self._source, self._first, self._micro_batches = source, step, micro_batches
-        self._loader, collated = _make_loader(source)
+    def __init__(
+        self, source: Source, draws: Draws, *, step: int, micro_batches: int, saved: Mapping[str, Any] | None
+    ) -> None:
+        self._source, self._draws, self._first, self._micro_batches = source, draws, step, micro_batches
+        self._generator = torch.Generator()  # or workers' seeds would be drawn from the script's random state
+        self._loader, collated = _make_loader(source, self._generator)
         self._collate = None if collated else source.collate or default_collate
         self._dataset = source.dataset.dataset if isinstance(source.dataset, DataLoader) else source.dataset
         self._batches: Iterator[Any] = iter(())
         self._kept: dict[Key, Any] = {}
         self._total = 0
-        if saved is None:
-            self._begin_epoch(0)
-            self._origin = self._position()
-        else:
-            self._origin = _checked(saved, size=source.size, workers=self._loader.num_workers)
-            self._go_to_origin()
+        with draws.aside():
+            if saved is None:
+                self._begin_epoch(0)
+                self._origin = self._position()
+            else:
+                self._origin = _checked(saved, size=source.size, workers=self._loader.num_workers)
+                self._go_to_origin()
         self._base = self._origin.total
 
     def begin(self, step: int, owned: tuple[int, ...]) -> None:  # noqa: ARG002 - as the loaders of map-style data have it
@@ -79,11 +90,12 @@ class Stream:
         self._kept = {key: batch for key, batch in self._kept.items() if key[0] >= step}
 
     def take(self, key: Key) -> Any:
-        """ValueError when the stream has not even one whole micro-batch."""
+        """ValueError when the stream has not even one whole micro-batch, or gives one of another size."""
         if key not in self._kept:
-            self._skip_to(self._number(key))
-            batch = self._next()
-            self._kept[key] = batch if self._collate is None else self._collate(batch)
+            with self._draws.aside():
+                self._skip_to(self._number(key))
+                batch = self._next()
+                self._kept[key] = batch if self._collate is None else self._collate(batch)
         return self._kept[key]
 
     def ids_of(self, key: Key) -> list[int]:
@@ -97,8 +109,9 @@ class Stream:
 
     def state(self, step: int) -> dict[str, Any]:
         """For a checkpoint: where the stream stands before this step. Reads up to there what is others'."""
-        self._skip_to(self._number((step, 0)))
-        self._origin = self._position()
+        with self._draws.aside():
+            self._skip_to(self._number((step, 0)))
+            self._origin = self._position()
         return asdict(self._origin) | {"size": self._source.size, "workers": self._loader.num_workers}
 
     def _number(self, key: Key) -> int:
@@ -113,24 +126,35 @@ class Stream:
 
     def _next(self) -> Any:
         """The next micro-batch of the stream, whoever's it is, of this epoch or the next."""
-        try:
-            batch = next(self._batches)
-        except StopIteration:
+        batch = self._read()
+        if batch is _END:
             self._begin_epoch(self._epoch + 1)
-            batch = next(self._batches, None)
-            if batch is None:
+            batch = self._read()
+            if batch is _END:
                 raise ValueError(
                     f"the stream has not one whole micro-batch of {self._source.size} samples: it is too short, or "
                     "cannot be read a second time (an iterator that is used up; give what iter() can begin anew)"
-                ) from None
-        self._taken += 1
-        self._total += 1
+                )
+        if self._loader.batch_size is None:  # a loader of the script's own, whose data set makes batches
+            _check_size(batch, self._source.size)
+        return batch
+
+    def _read(self) -> Any:
+        """The next of this epoch; _END after the last."""
+        if not self._loader.num_workers:
+            self._draws.seed_here(self._total, 0, STREAM_BATCH)
+        batch = next(self._batches, _END)
+        if batch is not _END:
+            self._taken += 1
+            self._total += 1
         return batch
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch, self._taken = epoch, 0
         if hasattr(self._dataset, "set_epoch"):
             self._dataset.set_epoch(epoch)
+        self._generator.manual_seed(self._draws.of(epoch, 0, STREAM_EPOCH))
+        self._draws.seed_here(epoch, 0, STREAM_EPOCH)
         self._batches = iter(self._loader)
 
     def _go_to_origin(self) -> None:
@@ -138,11 +162,12 @@ class Stream:
         if origin.state is not None:
             self._loader.load_state_dict(_decode(origin.state))
         self._begin_epoch(origin.epoch)
-        self._taken, self._total = origin.taken, origin.total
+        self._total = origin.total - origin.taken
         if origin.state is None and origin.taken:
             log.warning("elasticd: the stream keeps no state: %d micro-batches of it are read again", origin.taken)
             for _ in range(origin.taken):
-                next(self._batches, None)
+                self._read()
+        self._taken, self._total = origin.taken, origin.total
 
     def _position(self) -> Position:
         return Position(epoch=self._epoch, taken=self._taken, total=self._total, state=_state_of(self._loader))
@@ -185,7 +210,7 @@ class _StatefulItems(_Items):
         self.items.load_state_dict(state)
 
 
-def _make_loader(source: Source) -> tuple[Any, bool]:
+def _make_loader(source: Source, generator: torch.Generator) -> tuple[Any, bool]:
     """A loader of whole micro-batches, and whether they come collated. ValueError when a loader does not fit."""
     if isinstance(source.dataset, DataLoader):
         return _fitting(source.dataset, source), True
@@ -198,10 +223,9 @@ def _make_loader(source: Source) -> tuple[Any, bool]:
     )
     # Without workers, what other ranks compute is not collated.
     collate = source.collate if source.workers else list
-    own = torch.Generator()  # or it would draw from the script's random state
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 under torch 2.13
-        made = _loader_class()(dataset, source.size, drop_last=True, collate_fn=collate, generator=own, **ahead)
+        made = _loader_class()(dataset, source.size, drop_last=True, collate_fn=collate, generator=generator, **ahead)
     return made, bool(source.workers)
 
 
@@ -227,6 +251,24 @@ def _fitting(loader: DataLoader[Any], source: Source) -> DataLoader[Any]:
     if source.workers or source.collate is not None:
         raise ValueError("a loader has workers and a collate function of its own: say them there")
     return loader
+
+
+def _check_size(batch: Any, size: int) -> None:
+    """ValueError unless the first tensor in it has as many samples: what else there is, is not known to be a sample."""
+    found = _first_tensor(batch)
+    if found is None or not found.ndim or len(found) != size:
+        shape = "no tensor" if found is None else f"one of shape {tuple(found.shape)} as its first tensor"
+        raise ValueError(
+            f"the loader has batch_size=None, and gives a batch with {shape}; micro-batches have {size} samples: let "
+            f"its data set give tensors of shape ({size}, ...), and leave out what is too little for one"
+        )
+
+
+def _first_tensor(batch: Any) -> torch.Tensor | None:
+    if isinstance(batch, torch.Tensor):
+        return batch
+    inside = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((found for each in inside if (found := _first_tensor(each)) is not None), None)
 
 
 def _checked(saved: Mapping[str, Any], *, size: int, workers: int) -> Position:
