@@ -55,7 +55,8 @@ class MeanGradients:
     """By the model's own DDP or FSDP2. ConfigError when it has neither and there are several ranks."""
 
     def __init__(self, registered: Registered, *, micro_batches: int, arranged: Arrangement) -> None:
-        self._zero = registered.optimizer or trained(registered)
+        #: All of the model's, as the optimizers have them: FSDP2 puts others in their place for a forward pass.
+        self._parameters = list(trained(registered).parameters())
         self.scale = arranged.replicas / micro_batches
         self._weights: dict[tuple[float, torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
         self._whole = False
@@ -64,7 +65,8 @@ class MeanGradients:
             self._check_layout(trained(registered), arranged)
 
     def clear(self, *, unequal: bool) -> None:
-        self._zero.zero_grad()
+        for parameter in self._parameters:  # also of those in no optimizer: they would add up for ever
+            parameter.grad = None
         if unequal and not self._whole:
             self._whole = True
             for module in self._shards:

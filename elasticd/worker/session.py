@@ -62,7 +62,7 @@ from elasticd.worker.progress import Progress, choose_display
 from elasticd.worker.reports import Reports, connect
 from elasticd.worker.shares import Balance, as_told, make_work
 from elasticd.worker.speeds import BusySteps
-from elasticd.worker.state import Registered, Stateful, check_fit, seed_random
+from elasticd.worker.state import Optimizers, Registered, Stateful, as_optimizers, check_fit, seed_random
 from elasticd.worker.step import Step
 from elasticd.worker.traffic import Traffic
 from elasticd.worker.waiting import GradientWait
@@ -251,27 +251,28 @@ class Session:
         self,
         *,
         model: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         extra: Mapping[str, Stateful] | None = None,
     ) -> None:
         """Name what a checkpoint must hold. Once, before ``restore``; wrap the model (DDP, FSDP2) first.
 
-        ``extra``: whatever else has ``state_dict`` and ``load_state_dict``, by name: a scheduler, for one.
+        ``optimizer``: one, or several that share the model's parameters out: optimizer=[muon, adamw]. Several models
+        are one in a ModuleDict. ``extra``: whatever else has ``state_dict`` and ``load_state_dict``, by name: a
+        scheduler, an average of the weights. It gets back all that it gave, on the CPU where it has no tensor yet
+        (worker/extras.py).
 
-        RuntimeError a second time, or too late; ValueError when the optimizer's parameters are not the model's;
-        ConfigError when gradients could not be averaged as asked for.
+        RuntimeError a second time, or too late; ValueError when the optimizer's parameters are not the model's, or two
+        optimizers have the same; ConfigError when gradients could not be averaged as asked for.
         """
         if self._checkpoints.settled:
             raise RuntimeError("call session.register() once, with everything, before session.restore()")
-        if optimizer is not None and model is None:
-            raise ValueError("an optimizer is saved by the names of its model's parameters: register the model too")
-        check_fit(model, optimizer)
-        registered = Registered(model=model, optimizer=optimizer, extra=dict(extra or {}))
+        registered = Registered(model=model, optimizers=as_optimizers(optimizer), extra=dict(extra or {}))
+        check_fit(registered)
         self._checkpoints.hold(registered)
         if self.arranged.layout.pipeline > 1:
             registered.unite = self._unite_stages
-        if model is not None and optimizer is not None and self.device.type == "cpu":
-            self._waiting.attach(model.parameters() if self.planned is None else (), optimizer)
+        if model is not None and registered.optimizers and self.device.type == "cpu":
+            self._waiting.attach(model.parameters() if self.planned is None else (), registered.optimizers)
         self._traffic.use(registered)
         if model is not None and self._compress is not None:
             compress_gradients(
