@@ -60,6 +60,9 @@ class MeanGradients:
         self.scale = arranged.replicas / micro_batches
         self._weights: dict[tuple[float, torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
         self._whole = False
+        #: A parameter that had a gradient after the last backward pass; that gradient, and its version then.
+        self._witness: torch.nn.Parameter | None = None
+        self._seen: tuple[torch.Tensor, int] | None = None
         self._replicas, self._shards = replicas(registered), shards(registered)
         if arranged.world_size > 1:
             self._check_layout(trained(registered), arranged)
@@ -67,6 +70,7 @@ class MeanGradients:
     def clear(self, *, unequal: bool) -> None:
         for parameter in self._parameters:  # also of those in no optimizer: they would add up for ever
             parameter.grad = None
+        self._seen = None
         if unequal and not self._whole:
             self._whole = True
             for module in self._shards:
@@ -81,10 +85,32 @@ class MeanGradients:
                 module.set_reshard_after_backward(last, recurse=False)
 
     def backward(self, loss: torch.Tensor, *, counts: bool) -> None:
+        self._check_untouched()
         loss.backward(self._weight(loss, self.scale if counts else 0.0))  # type: ignore[no-untyped-call]
+        self._look()
 
     def finish(self) -> None:
-        pass
+        self._check_untouched()
+
+    def _look(self) -> None:
+        """FSDP2 keeps what it adds up to itself, out of reach of an optimizer."""
+        if self._shards:
+            return
+        if self._witness is None or self._witness.grad is None:
+            self._witness = next((each for each in self._parameters if each.grad is not None), None)
+        if self._witness is not None and self._witness.grad is not None:
+            self._seen = self._witness.grad, _version(self._witness.grad)
+
+    def _check_untouched(self) -> None:
+        """Nothing is added to gradients, or taken from them, between two backward passes of a step."""
+        if self._seen is None or self._witness is None:
+            return
+        gradient, version = self._seen
+        if self._witness.grad is not gradient or _version(gradient) != version:
+            raise RuntimeError(
+                "gradients were changed in the loop over step.micro_batches(), in which they add up: leave zero_grad() "
+                "out (the loop clears them as it begins), and clip or scale them after it"
+            )
 
     def _weight(self, loss: torch.Tensor, value: float) -> torch.Tensor:
         """As the gradient of the loss: to multiply the loss would be two more operations a micro-batch."""
@@ -123,6 +149,11 @@ class MeanGradients:
                     f"parameter {name} is laid out for ranks that compute the same samples (tensor parallel), and the "
                     f"layout is {arranged.layout}: say Session(layout=Layout(tensor={each.device_mesh.size()}))"
                 )
+
+
+def _version(gradient: torch.Tensor) -> int:
+    """How often it was changed in place."""
+    return gradient._version  # noqa: SLF001 (there is no public way to ask)
 
 
 def trained(registered: Registered) -> torch.nn.Module:

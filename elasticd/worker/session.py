@@ -65,6 +65,7 @@ from elasticd.worker.speeds import BusySteps
 from elasticd.worker.state import Optimizers, Registered, Stateful, as_optimizers, check_fit, seed_random
 from elasticd.worker.step import Step
 from elasticd.worker.traffic import Traffic
+from elasticd.worker.updates import Updates
 from elasticd.worker.waiting import GradientWait
 from elasticd.worker.world import Place, choose_device, join_world
 
@@ -177,6 +178,8 @@ class Session:
             position=self._position,
         )
         self._waiting = GradientWait()
+        self._updates = Updates()
+        self._half_done: Step | None = None  # given up, with its update applied
         self._busy = BusySteps(self.device)
         self._in_step = self._closed = False
         self._until: int | None = None
@@ -273,6 +276,7 @@ class Session:
             registered.unite = self._unite_stages
         if model is not None and registered.optimizers and self.device.type == "cpu":
             self._waiting.attach(model.parameters() if self.planned is None else (), registered.optimizers)
+        self._updates.attach(registered.optimizers)
         self._traffic.use(registered)
         if model is not None and self._compress is not None:
             compress_gradients(
@@ -303,13 +307,17 @@ class Session:
         """The steps to come, up to ``until`` completed ones in all. Each is to be used as ``with step:``.
 
         A step whose block raised is not counted: if the script goes on all the same, on every rank, it is yielded
-        again. Saves, stops and the final checkpoint (at ``until``; call ``save`` when you leave earlier) happen in
-        between. StepsDiverged when the ranks are not in the same step. Fenced when a newer round stands without this
+        again. Not once a registered optimizer's step() has begun in it: the update would be applied twice. To go on
+        then is a RuntimeError, and the job starts again from the last checkpoint.
+
+        Saves, stops and the final checkpoint (at ``until``; call ``save`` when you leave earlier) happen in between.
+        StepsDiverged when the ranks are not in the same step. Fenced when a newer round stands without this
         process; SystemExit after a stop, when the daemon is gone.
         """
         self._checkpoints.begin_training()
         self._until = until
         while until is None or self.step < until:
+            self._check_whole()
             step = Step(self, self.step)
             yield step
             if not step.entered:
@@ -410,7 +418,7 @@ class Session:
     def dataset_size(self, value: int) -> None:
         self._position.dataset_size = value
 
-    def begin(self) -> None:
+    def begin(self, step: Step) -> None:
         if self._in_step or self._closed:
             raise RuntimeError("the session is closed" if self._closed else "a step is under way: end its block first")
         if self._link is not None and self._link.refusal:
@@ -425,9 +433,11 @@ class Session:
         own = planned.measure if planned is not None else lambda: as_told(self._busy.take())
         hurried = planned is not None and planned.unsettled
         self._control.start(self.step, stop_wanted=wanted, due=due, hurried=hurried, own=own)
+        self._updates.begin(step)
 
-    def abandon(self) -> None:
+    def abandon(self, step: Step) -> None:
         self._set_in_step(False)
+        self._half_done = step if step.updated else None
 
     def complete(self, step: Step) -> None:
         step.stop_agreed, blocked_s = self._control.finish(step.index)
@@ -449,6 +459,7 @@ class Session:
 
     def _set_in_step(self, value: bool) -> None:  # noqa: FBT001
         self._in_step = value
+        self._updates.end()
         if self._link is not None:
             self._link.in_step = value
 
@@ -460,6 +471,15 @@ class Session:
     def _check_between_steps(self) -> None:
         if self._in_step:
             raise RuntimeError("save between two steps: a half-done step cannot be taken up again")
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        """What is registered is that of so many completed steps."""
+        if self._half_done is not None:
+            raise RuntimeError(
+                f"the block of step {self._half_done.index} raised after optimizer.step(): its update is applied "
+                "already, and the step cannot be done again; start again from the last checkpoint"
+            ) from self._half_done.error
 
     def _park(self) -> None:
         """Say that this rank stands at the boundary, and wait to be stopped."""

@@ -38,11 +38,11 @@ class Host(Protocol):
     @property
     def planned(self) -> PlannedSteps | None: ...
 
-    def begin(self) -> None: ...
+    def begin(self, step: Step) -> None: ...
 
     def complete(self, step: Step) -> None: ...
 
-    def abandon(self) -> None: ...
+    def abandon(self, step: Step) -> None: ...
 
 
 class Step:
@@ -52,6 +52,10 @@ class Step:
         #: How many steps were completed before this one: the first has index 0.
         self.index = index
         self.entered = self.completed = self.stop_agreed = False
+        #: Whether an optimizer's step has begun in the block.
+        self.updated = False
+        #: What the block raised.
+        self.error: BaseException | None = None
         self.started_at = 0.0
         self.metrics: dict[str, float] = {}
         self.samples = 0
@@ -68,13 +72,14 @@ class Step:
         if self.entered:
             raise RuntimeError("a step is used once: take the next one from session.steps()")
         self.entered = True
-        self._host.begin()
+        self._host.begin(self)
         self.started_at = time.monotonic()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.error = error
         if error is None and self._work is not None and not self._work.done:
-            self._host.abandon()
+            self._host.abandon(self)
             self._work.check_done()
         elif error is None:
             if self._work is not None:
@@ -82,7 +87,12 @@ class Step:
             self._host.complete(self)
             self.completed = True
         else:
-            self._host.abandon()
+            self._host.abandon(self)
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether micro-batches have begun, and not all of them have been."""
+        return self._work is not None and not self._work.done
 
     @property
     def next_cursor(self) -> Cursor:
