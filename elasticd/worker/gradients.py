@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -121,39 +122,67 @@ class MeanGradients:
 
     def _check_layout(self, model: torch.nn.Module, arranged: Arrangement) -> None:
         """Each replica is to compute micro-batches of its own, and gradients are to be averaged over all of them."""
-        if arranged.replicas > 1 and not (self._replicas or self._shards):
-            raise ConfigError(
-                f"nothing averages the gradients of this model over its {arranged.replicas} replicas: wrap it in "
-                "DistributedDataParallel, or in fully_shard, before session.register()"
-            )
+        if arranged.replicas > 1:
+            self._check_wrapped(model, arranged.replicas)
         for replica in self._replicas:
             if any(hasattr(each, "_st_info") for each in replica.parameters()):  # tensor/parallel/ddp.py
                 raise ConfigError(
                     "DistributedDataParallel makes plain tensors of a tensor-parallel model's parameters, new ones in "
                     'each step: use fully_shard with mesh=session.mesh["replicate", "shard"] and Layout(shard=1)'
                 )
-            if replica.process_group.size() != arranged.replicas:
+            over = dist.get_process_group_ranks(replica.process_group)
+            if sorted(over) != arranged.peers:
                 raise ConfigError(
-                    f"DistributedDataParallel averages over {replica.process_group.size()} ranks, and there are "
-                    f'{arranged.replicas} replicas: say process_group=session.mesh.get_group("dp")'
+                    f"DistributedDataParallel averages over {len(over)} ranks ({_told(over)}), and there are "
+                    f"{arranged.replicas} replicas (with the same part of the model: {_told(arranged.peers)}): "
+                    'say process_group=session.mesh.get_group("dp")'
                 )
-        over = arranged.replicas * arranged.layout.tensor
-        for name, each in model.named_parameters():
-            if self._shards and isinstance(each, DTensor) and each.device_mesh.size() not in (arranged.replicas, over):
+        self._check_meshes(model, arranged)
+
+    def _check_wrapped(self, model: torch.nn.Module, count: int) -> None:
+        """What a wrapper was told to leave out is the script's decision."""
+        wrappers: list[torch.nn.Module] = [*self._replicas, *self._shards]  # type: ignore[list-item]
+        if not wrappers:
+            raise ConfigError(
+                f"nothing averages the gradients of this model over its {count} replicas: wrap it in "
+                "DistributedDataParallel, or in fully_shard, before session.register()"
+            )
+        inside = {id(each) for wrapper in wrappers for each in wrapper.parameters()}
+        left = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in inside]
+        if left:
+            raise ConfigError(
+                f"nothing averages the gradient of parameter {left[0]} ({len(left)} in all) over the {count} replicas: "
+                "wrap the whole model in DistributedDataParallel, or its root in fully_shard too, or say "
+                "requires_grad_(False)"
+            )
+
+    def _check_meshes(self, model: torch.nn.Module, arranged: Arrangement) -> None:
+        tensor = arranged.layout.tensor
+        over = (arranged.replicas, arranged.replicas * tensor)
+        laid_out = [(name, each.device_mesh) for name, each in model.named_parameters() if isinstance(each, DTensor)]
+        ranks_of = {mesh: mesh.mesh.flatten().tolist() for _, mesh in laid_out}
+        for name, mesh in laid_out:
+            ranks = ranks_of[mesh]
+            if self._shards and (len(ranks) not in over or not set(arranged.peers) <= set(ranks)):
                 raise ConfigError(
-                    f"parameter {name} is laid out over {each.device_mesh.size()} ranks, and the layout "
-                    f"({arranged.layout}) has {arranged.replicas} replicas: use meshes of session.mesh"
+                    f"parameter {name} is laid out over {len(ranks)} ranks ({_told(ranks)}), and the layout "
+                    f"({arranged.layout}) has {arranged.replicas} replicas (with the same part of the model: "
+                    f"{_told(arranged.peers)}): use meshes of session.mesh"
                 )
-            if not self._shards and isinstance(each, DTensor) and each.device_mesh.size() != arranged.layout.tensor:
+            if not self._shards and len(ranks) != tensor:
                 raise ConfigError(
                     f"parameter {name} is laid out for ranks that compute the same samples (tensor parallel), and the "
-                    f"layout is {arranged.layout}: say Session(layout=Layout(tensor={each.device_mesh.size()}))"
+                    f"layout is {arranged.layout}: say Session(layout=Layout(tensor={len(ranks)}))"
                 )
 
 
 def _version(gradient: torch.Tensor) -> int:
     """How often it was changed in place."""
     return gradient._version  # noqa: SLF001 (there is no public way to ask)
+
+
+def _told(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
 def trained(registered: Registered) -> torch.nn.Module:
