@@ -15,7 +15,7 @@ Not here: sums that do not depend on the order (exact.py).
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,7 @@ class MeanGradients:
         self.scale = arranged.replicas / micro_batches
         self._weights: dict[tuple[float, torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
         self._whole = False
+        self._under_way = False
         #: A parameter that had a gradient after the last backward pass; that gradient, and its version then.
         self._witness: torch.nn.Parameter | None = None
         self._seen: tuple[torch.Tensor, int] | None = None
@@ -71,7 +72,9 @@ class MeanGradients:
     def clear(self, *, unequal: bool) -> None:
         for parameter in self._parameters:  # also of those in no optimizer: they would add up for ever
             parameter.grad = None
-        self._seen = None
+        if self._under_way:
+            self._forget_unreduced()
+        self._seen, self._under_way = None, True
         if unequal and not self._whole:
             self._whole = True
             for module in self._shards:
@@ -92,6 +95,17 @@ class MeanGradients:
 
     def finish(self) -> None:
         self._check_untouched()
+        self._under_way = False
+
+    def _forget_unreduced(self) -> None:
+        """What FSDP2 has added up to itself, in a step that was given up. It has no public way to say so."""
+        for module in self._shards:
+            state: Any = module._get_fsdp_state()  # noqa: SLF001
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # noqa: SLF001
+            for each in (each for group in groups if group is not None for each in group.fsdp_params):
+                each.unsharded_accumulated_grad = None
+                if hasattr(each, "_unsharded_param"):  # it was gathered before
+                    each._unsharded_param.grad = None  # noqa: SLF001
 
     def _look(self) -> None:
         """FSDP2 keeps what it adds up to itself, out of reach of an optimizer."""
