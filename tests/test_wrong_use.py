@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,23 @@ def test_a_step_that_raised_after_its_update_is_not_done_again(tmp_path: Path, p
         for use in (session.save, session.begin_save, lambda: next(session.steps())):
             with pytest.raises(RuntimeError, match="start again from the last checkpoint"):
                 use()
+
+
+def test_a_step_whose_update_was_skipped_is_done_again() -> None:
+    """A GradScaler that meets infinity does not call the optimizer."""
+    with Session(micro_batches=1) as session:
+        model, (optimizer, _) = two_optimizers(session)
+        scaler, tries = torch.amp.GradScaler("cpu"), 0
+        for step in session.steps(until=1):
+            tries += 1
+            with contextlib.suppress(ArithmeticError), step:
+                for batch in step.micro_batches(DATA, size=1):
+                    step.backward(scaler.scale(model(batch).mean() * (float("inf") if tries == 1 else 1.0)))
+                scaler.step(optimizer)
+                scaler.update()
+                if tries == 1:
+                    raise ArithmeticError
+        assert (tries, session.step) == (2, 1)
 
 
 def test_samples_from_both_sides() -> None:
