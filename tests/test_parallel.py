@@ -242,6 +242,52 @@ def ddp_over_all_ranks() -> None:
     session.register(model=DistributedDataParallel(small(session)))
 
 
+def ddp_over_the_pipeline() -> None:
+    """Run by a rank of four: as many ranks as there are replicas, and not those of them."""
+    session = Session(micro_batches=4, layout=Layout(pipeline=2))
+    session.register(model=DistributedDataParallel(small(session), process_group=session.mesh.get_group("pp")))
+
+
+def shards_over_the_pipeline() -> None:
+    """Run by a rank of four."""
+    session = Session(micro_batches=4, layout=Layout(pipeline=2))
+    session.register(model=fully_shard(small(session), mesh=session.mesh["pp"]))
+
+
+def half_in_ddp() -> None:
+    """Run by a rank."""
+    session = Session(micro_batches=4)
+    session.register(model=nn.ModuleDict({"gen": DistributedDataParallel(small(session)), "disc": small(session)}))
+
+
+def half_in_exact_mode() -> None:
+    """Run by a rank: exact mode sums all of it by itself, so it is none of the wrong ones."""
+    session = Session(micro_batches=4, exact=True)
+    session.register(model=nn.ModuleDict({"gen": DistributedDataParallel(small(session)), "disc": small(session)}))
+    with session:
+        raise ConfigError("taken as it is")
+
+
+def left_out_on_purpose() -> None:
+    """Run by a rank: so is what DDP was told to leave out, what is frozen, and both halves wrapped."""
+    session = Session(micro_batches=4)
+    partly, frozen = small(session), small(session)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(partly, ["0.weight"])
+    frozen.requires_grad_(False)
+    parts = {"gen": DistributedDataParallel(partly), "disc": fully_shard(small(session)), "teacher": frozen}
+    session.register(model=nn.ModuleDict(parts))
+    with session:
+        raise ConfigError("taken as it is")
+
+
+def shards_without_the_root() -> None:
+    """Run by a rank: the first and the last layer stay plain tensors."""
+    session = Session(micro_batches=4)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 1))
+    fully_shard(model[1])
+    session.register(model=model)
+
+
 def loop_in_a_pipeline() -> None:
     """Run by a rank."""
     session = Session(micro_batches=4, layout=Layout(pipeline=2))
@@ -265,6 +311,12 @@ def exact_pipeline() -> None:
      (2, tensor_parallel_without_layout, "nothing averages the gradients of this model over its 2 replicas"),
      (4, ddp_over_tensor_parallel, "makes plain tensors of a tensor-parallel model's parameters"),
      (4, ddp_over_all_ranks, 'say process_group=session.mesh.get_group("dp")'),
+     (4, ddp_over_the_pipeline, 'say process_group=session.mesh.get_group("dp")'),
+     (4, shards_over_the_pipeline, "use meshes of session.mesh"),
+     (2, half_in_ddp, "nothing averages the gradient of parameter disc.0.weight (4 in all) over the 2 replicas"),
+     (2, half_in_exact_mode, "taken as it is"),
+     (2, left_out_on_purpose, "taken as it is"),
+     (2, shards_without_the_root, "nothing averages the gradient of parameter 0.weight (4 in all)"),
      (2, loop_in_a_pipeline, "call step.run_pipeline(...)"),
      (2, exact_pipeline, "exact mode needs the whole model on each rank")],
 )  # fmt: skip

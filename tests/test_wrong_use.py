@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -118,6 +119,124 @@ def test_in_the_loop(wrong: Any, message: str) -> None:
             train(step)
 
 
+def clear_first(step: Step, batch: torch.Tensor, model: nn.Module) -> None:
+    model.zero_grad()
+    step.backward(model(batch).mean())
+
+
+def clear_to_zero(step: Step, batch: torch.Tensor, model: nn.Module) -> None:
+    step.backward(model(batch).mean())
+    model.zero_grad(set_to_none=False)
+
+
+def clip(step: Step, batch: torch.Tensor, model: nn.Module) -> None:
+    step.backward(model(batch).mean())
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+def one_step(session: Session, model: nn.Module, each: Any) -> None:
+    with next(session.steps()) as step:
+        for batch in step.micro_batches(DATA, size=1):
+            each(step, batch, model)
+
+
+@pytest.mark.parametrize("wrong", [clear_first, clear_to_zero, clip])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_that_are_changed_in_the_loop(wrong: Any, frozen: bool) -> None:
+    with Session(micro_batches=4) as session:
+        model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        model[0].requires_grad_(not frozen)
+        session.register(model=model)
+        with pytest.raises(RuntimeError, match="gradients were changed in the loop"):
+            one_step(session, model, wrong)
+
+
+def test_gradients_that_are_changed_after_the_last_micro_batch_of_the_loop() -> None:
+    with Session(micro_batches=1) as session:
+        model = trainee(session)
+        with pytest.raises(RuntimeError, match="gradients were changed in the loop"):
+            one_step(session, model, clear_to_zero)
+
+
+def two_optimizers(session: Session) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(part.parameters(), lr=0.1) for part in model]
+    session.register(model=model, optimizer=optimizers)
+    return model, optimizers
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_update_in_the_loop(which: int, exact: bool) -> None:
+    with Session(micro_batches=4, exact=exact) as session:
+        model, optimizers = two_optimizers(session)
+        before = [each.clone() for each in model.parameters()]
+
+        def update(step: Step, batch: torch.Tensor, model: nn.Module) -> None:
+            step.backward(model(batch).mean())
+            optimizers[which].step()
+
+        with pytest.raises(RuntimeError, match=r"call optimizer.step\(\) after the loop over step.micro_batches\(\)"):
+            one_step(session, model, update)
+        assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+        for step in session.steps(until=1):  # nothing was updated: it can be done again
+            with step:
+                for batch in step.micro_batches(DATA, size=1):
+                    step.backward(model(batch).mean())
+                optimizers[which].step()
+        assert session.step == 1
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_step_that_raised_after_its_update_is_not_done_again(tmp_path: Path, planned: bool) -> None:
+    with Session(micro_batches=4 if planned else None, checkpoint_dir=tmp_path) as session:
+        model, optimizers = two_optimizers(session)
+        tries = 0
+
+        def train() -> None:
+            nonlocal tries
+            for step in session.steps(until=3):
+                tries += 1
+                try:
+                    with step:
+                        for batch in step.micro_batches(DATA, size=1) if planned else ():
+                            step.backward(model(batch).mean())
+                        if tries == 1:
+                            raise ArithmeticError
+                        optimizers[1].step()
+                        if tries == 3:
+                            step.report(loss="x")  # type: ignore[arg-type]
+                except (ArithmeticError, ValueError):
+                    pass
+
+        with pytest.raises(
+            RuntimeError, match=r"step 1 raised after optimizer.step\(\): its update is applied"
+        ) as caught:
+            train()
+        assert isinstance(caught.value.__cause__, ValueError)
+        assert (tries, session.step) == (3, 1)
+        for use in (session.save, session.begin_save, lambda: next(session.steps())):
+            with pytest.raises(RuntimeError, match="start again from the last checkpoint"):
+                use()
+
+
+def test_a_step_whose_update_was_skipped_is_done_again() -> None:
+    """A GradScaler that meets infinity does not call the optimizer."""
+    with Session(micro_batches=1) as session:
+        model, (optimizer, _) = two_optimizers(session)
+        scaler, tries = torch.amp.GradScaler("cpu"), 0
+        for step in session.steps(until=1):
+            tries += 1
+            with contextlib.suppress(ArithmeticError), step:
+                for batch in step.micro_batches(DATA, size=1):
+                    step.backward(scaler.scale(model(batch).mean() * (float("inf") if tries == 1 else 1.0)))
+                scaler.step(optimizer)
+                scaler.update()
+                if tries == 1:
+                    raise ArithmeticError
+        assert (tries, session.step) == (2, 1)
+
+
 def test_samples_from_both_sides() -> None:
     with Session(micro_batches=4) as session:
         trainee(session)
@@ -143,7 +262,16 @@ def test_what_is_registered() -> None:
             session.register(model="net")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="parameters that are not the model's: wrap the model first"):
             session.register(model=model, optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters()))
-        session.register(model=model, optimizer=torch.optim.SGD(model.parameters()))
+        sgd = torch.optim.SGD(model.parameters())
+        with pytest.raises(ValueError, match=r"extra\['sgd'\] is an optimizer: give all of them together, optimizer="):
+            session.register(model=model, optimizer=torch.optim.Adam(model.parameters()), extra={"sgd": sgd})
+        with pytest.raises(
+            ValueError, match=r"parameter \w+ is in two optimizers"
+        ):
+            session.register(model=model, optimizer=[sgd, torch.optim.Adam(model.parameters())])
+        with pytest.raises(ValueError, match=r"an optimizer is a StepLR, and not a torch.optim.Optimizer"):
+            session.register(model=model, optimizer=[torch.optim.lr_scheduler.StepLR(sgd, 1)])  # type: ignore[list-item]
+        session.register(model=model, optimizer=sgd)
 
 
 def test_progress_of_something_else() -> None:

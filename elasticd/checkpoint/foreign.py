@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from elasticd.checkpoint import storage
+from elasticd.checkpoint.held import Held, held_by
 from elasticd.checkpoint.manifest import MANIFEST_NAME, METADATA_NAME
 from elasticd.checkpoint.objects import Location
 from elasticd.checkpoint.reader import plain_reader
@@ -29,6 +30,11 @@ def agree_on_foreign(path: Location, group: dist.ProcessGroup | None) -> set[str
     _agree(path, group)
     names = plain_reader(path).read_metadata().state_dict_metadata
     return {name.partition(".")[0] for name in names}
+
+
+def held_in(path: Location) -> Held:
+    """What such a checkpoint holds. Who saved it, it does not say."""
+    return held_by(plain_reader(path).read_metadata(), world_size=1)
 
 
 def load_foreign(state: dict[str, Any], path: Location, parts: set[str]) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import BackgroundSaver, Counts, Stall
-from elasticd.checkpoint.foreign import agree_on_foreign, load_foreign
+from elasticd.checkpoint.foreign import agree_on_foreign, held_in, load_foreign
 from elasticd.checkpoint.held import Held
 from elasticd.checkpoint.memory import MemoryTier
 from elasticd.checkpoint.memory_save import Copied, MemoryCounts, Ranks
@@ -32,7 +32,7 @@ from elasticd.worker.link import DaemonLink
 from elasticd.worker.memory_host import MemoryHost
 from elasticd.worker.position import Position
 from elasticd.worker.reports import Reports
-from elasticd.worker.state import Registered
+from elasticd.worker.state import Registered, drop_state
 from elasticd.worker.world import Place, make_side_group
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Checkpoints:
         return self._known().capture() | self._position.to_save()
 
     def _wanted(self, held: Held) -> dict[str, Any]:
-        return self._known().wanted(held.sizes) | self._position.to_fill(held.world_size)
+        return self._known().wanted(held) | self._position.to_fill(held.world_size)
 
     # Taking one up.
 
@@ -152,11 +152,10 @@ class Checkpoints:
 
     def _restore_from_memory(self, memory: MemoryTier, registered: Registered, *, at_least: int) -> bool:
         """Whether training goes on from a copy of so many steps or more."""
-        had_state = registered.has_optimizer_state
+        fresh = registered.fresh_optimizers
         restored = memory.restore(self._wanted, at_least=at_least)
         if restored is None:
-            if not had_state:
-                registered.drop_optimizer_state()
+            drop_state(fresh)
             return False
         self._take_up(registered, restored.state, restored.step)
         self._reports.restored(
@@ -168,8 +167,10 @@ class Checkpoints:
 
     def _restore_from_disk(self, registered: Registered, start_from: str | os.PathLike[str] | None) -> None:
         started = time.monotonic()
+        fresh = registered.fresh_optimizers
         found = self._restore_newest()
         if found is None:
+            drop_state(fresh)
             if start_from is not None:
                 self._start_from(registered, locate(start_from))
             return
@@ -190,15 +191,21 @@ class Checkpoints:
                 self._reports.passed_over(len(passed_over))
 
     def _take_up(self, registered: Registered, state: dict[str, Any], step: int) -> None:
-        registered.apply(state)
+        self._fill(registered, state)
         self._position.take_up(state, step, self._directory)
 
     def _start_from(self, registered: Registered, path: Location) -> None:
         parts = agree_on_foreign(path, self._group)
-        wanted = registered.only(parts)  # to capture an optimizer's state may make one
-        state = wanted.capture()
+        wanted = registered.only(parts)  # to ask for an optimizer's state may make one
+        state = wanted.wanted(held_in(path))
         load_foreign(state, path, parts)
-        wanted.apply(state)
+        self._fill(wanted, state)
+
+    def _fill(self, registered: Registered, state: dict[str, Any]) -> None:
+        registered.apply(state)
+        if self._position.rank == 0:
+            for remark in registered.remarks:
+                log.warning("elasticd: %s", remark)
 
     # Making them.
 

@@ -30,6 +30,7 @@ from math import frexp
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -84,7 +85,7 @@ class MeanGradients:
     """By the model's own DDP or FSDP2. ConfigError when it has neither and there are several ranks."""
 
     def __init__(self, registered: Registered, *, micro_batches: int, arranged: Arrangement) -> None:
-        self._zero = registered.optimizer or trained(registered)
+        #: All of the model's, as the optimizers have them: FSDP2 puts others in their place for a forward pass.
         self._parameters = list(trained(registered).parameters())
         self.scale = arranged.replicas / micro_batches
         #: The power of two in it, which every type holds, and what remains.
@@ -94,6 +95,9 @@ class MeanGradients:
         self._coarse: bool | None = None
         self._weights: dict[tuple[float, torch.Size, torch.dtype, torch.device], torch.Tensor] = {}
         self._whole = self._unfinished = False
+        #: A parameter that had a gradient after the last backward pass; that gradient, and its version then.
+        self._witness: torch.nn.Parameter | None = None
+        self._seen: tuple[torch.Tensor, int] | None = None
         self._replicas, self._shards = replicas(registered), shards(registered)
         if arranged.world_size > 1:
             self._check_layout(trained(registered), arranged)
@@ -103,10 +107,11 @@ class MeanGradients:
         return bool(self._shards) and not self._whole
 
     def clear(self, *, unequal: bool) -> None:
+        for parameter in self._parameters:  # also of those in no optimizer: they would add up for ever
+            parameter.grad = None
         if self._unfinished:
             forget_half_done(self._shards)
-        self._unfinished, self._coarse = True, None
-        self._zero.zero_grad()
+        self._unfinished, self._coarse, self._seen = True, None, None
         if unequal and not self._whole:
             self._whole = True
             for module in self._shards:
@@ -123,6 +128,7 @@ class MeanGradients:
 
     def backward(self, loss: torch.Tensor, *, counts: bool, scaler: Scaler | None = None) -> None:
         """ValueError when some of a step's losses are in half precision and some are not."""
+        self._check_untouched()
         coarse = self._rest != 1.0 and loss.dtype in _COARSE
         if self._coarse not in (None, coarse):
             raise ValueError(f"a loss in {loss.dtype} after others in another type: all of a step must have one type")
@@ -131,9 +137,11 @@ class MeanGradients:
             loss = scaler.scale(loss)
         factor = self._power if coarse else self.scale
         loss.backward(self._weight(loss, factor if counts else 0.0))  # type: ignore[no-untyped-call]
+        self._look()
 
     def finish(self) -> None:
         """RuntimeError when torch has kept gradients back, which would count in the next step (HSDP)."""
+        self._check_untouched()
         self._unfinished = False
         if holds_back(self._shards):
             raise RuntimeError(
@@ -144,6 +152,26 @@ class MeanGradients:
         if gradients:
             torch._foreach_mul_(gradients, self._rest)
 
+    def _look(self) -> None:
+        """FSDP2 keeps what it adds up to itself, out of reach of an optimizer."""
+        if self._shards:
+            return
+        if self._witness is None or self._witness.grad is None:
+            self._witness = next((each for each in self._parameters if each.grad is not None), None)
+        if self._witness is not None and self._witness.grad is not None:
+            self._seen = self._witness.grad, _version(self._witness.grad)
+
+    def _check_untouched(self) -> None:
+        """Nothing is added to gradients, or taken from them, between two backward passes of a step."""
+        if self._seen is None or self._witness is None:
+            return
+        gradient, version = self._seen
+        if self._witness.grad is not gradient or _version(gradient) != version:
+            raise RuntimeError(
+                "gradients were changed in the loop over step.micro_batches(), in which they add up: leave zero_grad() "
+                "out (the loop clears them as it begins), and clip or scale them after it"
+            )
+
     def _weight(self, loss: torch.Tensor, value: float) -> torch.Tensor:
         """As the gradient of the loss: to multiply the loss would be two more operations a micro-batch."""
         key = (value, loss.shape, loss.dtype, loss.device)
@@ -153,34 +181,67 @@ class MeanGradients:
 
     def _check_layout(self, model: torch.nn.Module, arranged: Arrangement) -> None:
         """Each replica is to compute micro-batches of its own, and gradients are to be averaged over all of them."""
-        if arranged.replicas > 1 and not (self._replicas or self._shards):
-            raise ConfigError(
-                f"nothing averages the gradients of this model over its {arranged.replicas} replicas: wrap it in "
-                "DistributedDataParallel, or in fully_shard, before session.register()"
-            )
+        if arranged.replicas > 1:
+            self._check_wrapped(model, arranged.replicas)
         for replica in self._replicas:
             if any(hasattr(each, "_st_info") for each in replica.parameters()):  # tensor/parallel/ddp.py
                 raise ConfigError(
                     "DistributedDataParallel makes plain tensors of a tensor-parallel model's parameters, new ones in "
                     'each step: use fully_shard with mesh=session.mesh["replicate", "shard"] and Layout(shard=1)'
                 )
-            if replica.process_group.size() != arranged.replicas:
+            over = dist.get_process_group_ranks(replica.process_group)
+            if sorted(over) != arranged.peers:
                 raise ConfigError(
-                    f"DistributedDataParallel averages over {replica.process_group.size()} ranks, and there are "
-                    f'{arranged.replicas} replicas: say process_group=session.mesh.get_group("dp")'
+                    f"DistributedDataParallel averages over {len(over)} ranks ({_told(over)}), and there are "
+                    f"{arranged.replicas} replicas (with the same part of the model: {_told(arranged.peers)}): "
+                    'say process_group=session.mesh.get_group("dp")'
                 )
-        over = arranged.replicas * arranged.layout.tensor
-        for name, each in model.named_parameters():
-            if self._shards and isinstance(each, DTensor) and each.device_mesh.size() not in (arranged.replicas, over):
+        self._check_meshes(model, arranged)
+
+    def _check_wrapped(self, model: torch.nn.Module, count: int) -> None:
+        """What a wrapper was told to leave out is the script's decision."""
+        wrappers: list[torch.nn.Module] = [*self._replicas, *self._shards]  # type: ignore[list-item]
+        if not wrappers:
+            raise ConfigError(
+                f"nothing averages the gradients of this model over its {count} replicas: wrap it in "
+                "DistributedDataParallel, or in fully_shard, before session.register()"
+            )
+        inside = {id(each) for wrapper in wrappers for each in wrapper.parameters()}
+        left = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in inside]
+        if left:
+            raise ConfigError(
+                f"nothing averages the gradient of parameter {left[0]} ({len(left)} in all) over the {count} replicas: "
+                "wrap the whole model in DistributedDataParallel, or its root in fully_shard too, or say "
+                "requires_grad_(False)"
+            )
+
+    def _check_meshes(self, model: torch.nn.Module, arranged: Arrangement) -> None:
+        tensor = arranged.layout.tensor
+        over = (arranged.replicas, arranged.replicas * tensor)
+        laid_out = [(name, each.device_mesh) for name, each in model.named_parameters() if isinstance(each, DTensor)]
+        ranks_of = {mesh: mesh.mesh.flatten().tolist() for _, mesh in laid_out}
+        for name, mesh in laid_out:
+            ranks = ranks_of[mesh]
+            if self._shards and (len(ranks) not in over or not set(arranged.peers) <= set(ranks)):
                 raise ConfigError(
-                    f"parameter {name} is laid out over {each.device_mesh.size()} ranks, and the layout "
-                    f"({arranged.layout}) has {arranged.replicas} replicas: use meshes of session.mesh"
+                    f"parameter {name} is laid out over {len(ranks)} ranks ({_told(ranks)}), and the layout "
+                    f"({arranged.layout}) has {arranged.replicas} replicas (with the same part of the model: "
+                    f"{_told(arranged.peers)}): use meshes of session.mesh"
                 )
-            if not self._shards and isinstance(each, DTensor) and each.device_mesh.size() != arranged.layout.tensor:
+            if not self._shards and len(ranks) != tensor:
                 raise ConfigError(
                     f"parameter {name} is laid out for ranks that compute the same samples (tensor parallel), and the "
-                    f"layout is {arranged.layout}: say Session(layout=Layout(tensor={each.device_mesh.size()}))"
+                    f"layout is {arranged.layout}: say Session(layout=Layout(tensor={len(ranks)}))"
                 )
+
+
+def _version(gradient: torch.Tensor) -> int:
+    """How often it was changed in place."""
+    return gradient._version  # noqa: SLF001 (there is no public way to ask)
+
+
+def _told(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
 
 
 def trained(registered: Registered) -> torch.nn.Module:

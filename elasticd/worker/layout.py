@@ -91,6 +91,12 @@ class Arrangement:
         return self.rank % self.layout.tensor == 0 and self.stage == self.layout.pipeline - 1
 
     @property
+    def peers(self) -> list[int]:
+        """The ranks with the same part of the model, this one among them: one of each replica."""
+        size = self.layout.replica_size
+        return list(range(self.rank % size, self.world_size, size))
+
+    @property
     def first_rank(self) -> int:
         """Of this rank's replica."""
         return self.replica * self.layout.replica_size

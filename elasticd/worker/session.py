@@ -63,9 +63,10 @@ from elasticd.worker.progress import Progress, choose_display
 from elasticd.worker.reports import Reports, connect
 from elasticd.worker.shares import Balance, as_told, make_work
 from elasticd.worker.speeds import BusySteps
-from elasticd.worker.state import Registered, Stateful, check_fit, seed_random
+from elasticd.worker.state import Optimizers, Registered, Stateful, as_optimizers, check_fit, seed_random
 from elasticd.worker.step import Step
 from elasticd.worker.traffic import Traffic
+from elasticd.worker.updates import Updates
 from elasticd.worker.waiting import GradientWait
 from elasticd.worker.world import Place, choose_device, join_world
 
@@ -199,6 +200,8 @@ class Session:
             position=self._position,
         )
         self._waiting = GradientWait(self.device)
+        self._updates = Updates()
+        self._half_done: Step | None = None  # given up, with its update applied
         self._busy = BusySteps()
         self._in_step = self._closed = False
         self._until: int | None = None
@@ -273,27 +276,29 @@ class Session:
         self,
         *,
         model: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         extra: Mapping[str, Stateful] | None = None,
     ) -> None:
         """Name what a checkpoint must hold. Once, before ``restore``; wrap the model (DDP, FSDP2) first.
 
-        ``extra``: whatever else has ``state_dict`` and ``load_state_dict``, by name: a scheduler, for one.
+        ``optimizer``: one, or several that share the model's parameters out: optimizer=[muon, adamw]. Several models
+        are one in a ModuleDict. ``extra``: whatever else has ``state_dict`` and ``load_state_dict``, by name: a
+        scheduler, an average of the weights. It gets back all that it gave, on the CPU where it has no tensor yet
+        (worker/extras.py).
 
-        RuntimeError a second time, or too late; ValueError when the optimizer's parameters are not the model's;
-        ConfigError when gradients could not be averaged as asked for.
+        RuntimeError a second time, or too late; ValueError when the optimizer's parameters are not the model's, or two
+        optimizers have the same; ConfigError when gradients could not be averaged as asked for.
         """
         if self._checkpoints.settled:
             raise RuntimeError("call session.register() once, with everything, before session.restore()")
-        if optimizer is not None and model is None:
-            raise ValueError("an optimizer is saved by the names of its model's parameters: register the model too")
-        check_fit(model, optimizer)
-        registered = Registered(model=model, optimizer=optimizer, extra=dict(extra or {}))
+        registered = Registered(model=model, optimizers=as_optimizers(optimizer), extra=dict(extra or {}))
+        check_fit(registered)
         self._checkpoints.hold(registered)
         if self.arranged.layout.pipeline > 1:
             registered.unite = self._unite_stages
-        if model is not None and optimizer is not None:
-            self._waiting.attach(model.parameters() if self.planned is None else (), optimizer)
+        if model is not None and registered.optimizers:
+            self._waiting.attach(model.parameters() if self.planned is None else (), registered.optimizers)
+        self._updates.attach(registered.optimizers)
         self._traffic.use(registered)
         if model is not None and self._compress is not None:
             compress_gradients(
@@ -324,15 +329,19 @@ class Session:
         """The steps to come, up to ``until`` completed ones in all. Each is to be used as ``with step:``.
 
         A step whose block raised is not counted: if the script goes on all the same, on every rank, it is yielded
-        again. Saves, stops and the final checkpoint (at ``until``; call ``save`` when you leave earlier) happen in
-        between. StepsDiverged when the ranks are not in the same step; ConfigError when ``until`` is not the same on
-        all of them, or their data do not stand at the same place. Fenced when a newer round stands without this
+        again. Not once a registered optimizer's step() has begun in it: the update would be applied twice. To go on
+        then is a RuntimeError, and the job starts again from the last checkpoint.
+
+        Saves, stops and the final checkpoint (at ``until``; call ``save`` when you leave earlier) happen in between.
+        StepsDiverged when the ranks are not in the same step; ConfigError when ``until`` is not the same on all of
+        them, or their data do not stand at the same place. Fenced when a newer round stands without this
         process; SystemExit after a stop, when the daemon is gone.
         """
         self._checkpoints.begin_training()
         self._control.talk_next()
         self._until = until
         while until is None or self.step < until:
+            self._check_whole()
             step = Step(self, self.step)
             yield step
             if not step.entered:
@@ -435,7 +444,7 @@ class Session:
     def dataset_size(self, value: int) -> None:
         self._position.dataset_size = value
 
-    def begin(self) -> None:
+    def begin(self, step: Step) -> None:
         if self._in_step or self._closed:
             raise RuntimeError("the session is closed" if self._closed else "a step is under way: end its block first")
         if self._link is not None and self._link.refusal:
@@ -449,10 +458,12 @@ class Session:
         own = planned.measure if planned is not None else lambda: as_told(self._busy.take())
         hurried = planned is not None and planned.unsettled
         self._control.start(self.step, stop_wanted=wanted, due=due, hurried=hurried, own=own, alike=self._alike)
+        self._updates.begin(step)
 
-    def abandon(self) -> None:
+    def abandon(self, step: Step) -> None:
         self._set_in_step(False)
         self._waiting.drop()
+        self._half_done = step if step.updated else None
 
     def complete(self, step: Step) -> None:
         step.stop_agreed, blocked_s = self._control.finish(step.index)
@@ -479,6 +490,7 @@ class Session:
 
     def _set_in_step(self, value: bool) -> None:  # noqa: FBT001
         self._in_step = value
+        self._updates.end()
         if self._link is not None:
             self._link.in_step = value
 
@@ -490,6 +502,15 @@ class Session:
     def _check_between_steps(self) -> None:
         if self._in_step:
             raise RuntimeError("save between two steps: a half-done step cannot be taken up again")
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        """What is registered is that of so many completed steps."""
+        if self._half_done is not None:
+            raise RuntimeError(
+                f"the block of step {self._half_done.index} raised after optimizer.step(): its update is applied "
+                "already, and the step cannot be done again; start again from the last checkpoint"
+            ) from self._half_done.error
 
     def _park(self) -> None:
         """Say that this rank stands at the boundary, and wait to be stopped."""

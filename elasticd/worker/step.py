@@ -39,11 +39,11 @@ class Host(Protocol):
     @property
     def planned(self) -> PlannedSteps | None: ...
 
-    def begin(self) -> None: ...
+    def begin(self, step: Step) -> None: ...
 
     def complete(self, step: Step) -> None: ...
 
-    def abandon(self) -> None: ...
+    def abandon(self, step: Step) -> None: ...
 
 
 class Step:
@@ -53,6 +53,10 @@ class Step:
         #: How many steps were completed before this one: the first has index 0.
         self.index = index
         self.entered = self.completed = self.stop_agreed = False
+        #: Whether an optimizer's step has begun in the block.
+        self.updated = False
+        #: What the block raised.
+        self.error: BaseException | None = None
         self.started_at = 0.0
         self.metrics: dict[str, float] = {}
         self.samples = 0
@@ -69,18 +73,24 @@ class Step:
         if self.entered:
             raise RuntimeError("a step is used once: take the next one from session.steps()")
         self.entered = True
-        self._host.begin()
+        self._host.begin(self)
         self.started_at = time.monotonic()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.error = error
         if error is not None:
-            self._host.abandon()
+            self._host.abandon(self)
             return
         if self._work is not None:
             self._end_work(self._work)
         self._host.complete(self)
         self.completed = True
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether micro-batches have begun, and not all of them have been."""
+        return self._work is not None and not self._work.done
 
     @property
     def next_cursor(self) -> Cursor:
@@ -170,8 +180,9 @@ class Step:
     def _end_work(self, work: StepWork) -> None:
         try:
             work.end()
-        except BaseException:
-            self._host.abandon()
+        except BaseException as error:
+            self.error = error
+            self._host.abandon(self)
             raise
         self.samples = self._counted(work.sample_ids)
 

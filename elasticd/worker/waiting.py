@@ -1,4 +1,4 @@
-"""How long this rank waited for others in a step: from its own last gradient to the optimizer's step.
+"""How long this rank waited for others in a step: from its own last gradient to the optimizers' step.
 
 Between the two, DDP waits for the slowest rank and for the last bucket of gradients to cross the network: a rank that
 never waits still shows the latter. On CUDA it is the device's time, known a step or two later, and counted then.
@@ -28,12 +28,13 @@ class GradientWait:
         self._gradient: Mark | None = None
         self._pending: deque[tuple[Mark, Mark]] = deque(maxlen=MAX_PENDING)
 
-    def attach(self, parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def attach(self, parameters: Iterable[torch.nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """No parameters: who knows it better calls ``gradients_came`` when the last gradient of a step is there."""
         for parameter in parameters:
             if parameter.requires_grad and parameter.device == self._device:
                 parameter.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
-        optimizer.register_step_pre_hook(self._on_optimizer)
+        for optimizer in optimizers:  # the first that steps ends the wait
+            optimizer.register_step_pre_hook(self._on_optimizer)
 
     def take(self) -> float:
         """Seconds waited since the last call, as far as the device has come."""
