@@ -34,6 +34,10 @@ class Position:
     #: 0 until a step has said it.
     dataset_size: int = 0
 
+    def advance(self, completed: int, cursor: Cursor, dataset_size: int) -> None:
+        """A step is completed."""
+        self.completed, self.cursor, self.dataset_size = completed, cursor, dataset_size
+
     def to_save(self) -> dict[str, Any]:
         return self._state(random_of=self.rank)
 

@@ -47,9 +47,8 @@ from elasticd.checkpoint.memory_save import MemoryCounts
 from elasticd.checkpoint.objects import locate
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved
-from elasticd.errors import ConfigError, Fenced
+from elasticd.errors import Fenced
 from elasticd.torch_defects import keep_destroyed_groups
-from elasticd.worker.agreement import agree
 from elasticd.worker.checkpoints import Checkpoints, Policy
 from elasticd.worker.compress import Compression, check_compression, compress_gradients
 from elasticd.worker.control import Control
@@ -61,6 +60,7 @@ from elasticd.worker.position import Position
 from elasticd.worker.powersgd import PowerSGD
 from elasticd.worker.progress import Progress, choose_display
 from elasticd.worker.reports import Reports, connect
+from elasticd.worker.settings import agree_on_settings, check_settings
 from elasticd.worker.shares import Balance, as_told, make_work
 from elasticd.worker.speeds import BusySteps
 from elasticd.worker.state import Optimizers, Registered, Stateful, as_optimizers, check_fit, seed_random
@@ -106,7 +106,7 @@ class Session:
     ``compress``: "bf16" or "fp16": gradients are averaged over ranks in that type, in half of the bytes; for DDP
     (worker/compress.py). "powersgd", or PowerSGD(rank=...): as matrices of low rank, in far fewer (worker/powersgd.py).
 
-    All arguments must be the same on all ranks but for ``device``, ``max_micro_batches``, ``keep`` and
+    All arguments must be the same on all ranks but for ``device`` (of one kind), ``max_micro_batches``, ``keep`` and
     ``save_timeout_s``. ConfigError, on all ranks, when they are not, and when the world cannot hold the layout;
     ConfigError when the directory is not writable, or the environment is not whole.
     """
@@ -129,12 +129,7 @@ class Session:
         compress: Compression | PowerSGD | None = None,
     ) -> None:
         show_operator_errors_as_one_line()
-        if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
-            raise ConfigError("save_every_steps must not be negative, and keep must be at least 1")
-        if memory_every_steps < 0:
-            raise ConfigError("memory_every_steps must not be negative")
-        if seed is not None and type(seed) is not int:
-            raise ConfigError(f"seed is {seed!r}: say a whole number")
+        check_settings(save_every_steps=save_every_steps, memory_every_steps=memory_every_steps, keep=keep, seed=seed)
         work = make_work(micro_batches, at_most=max_micro_batches, balance=balance, exact=exact)
         self._place = Place.from_environment()
         self.device = choose_device(self._place, device)
@@ -144,22 +139,18 @@ class Session:
         self._made_world = join_world(self._place, self.device)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._control = Control()
-        agree(
-            "Session",
-            {
-                "device": self.device.type,
-                "checkpoint_dir": None if directory is None else "a directory",
-                "save_every_steps": save_every_steps,
-                "memory_every_steps": memory_every_steps,
-                "seed": seed,
-                "micro_batches": micro_batches,
-                "balance": balance,
-                "exact": exact,
-                "layout": repr(layout),
-                "compress": PowerSGD() if compress == "powersgd" else compress,
-            },
+        agree_on_settings(
             self._control.group,
-            advice={"device": "see why CUDA does not work on every node, or say 'cpu' to all"},
+            device=self.device.type,
+            checkpoint_dir=None if directory is None else "a directory",
+            save_every_steps=save_every_steps,
+            memory_every_steps=memory_every_steps,
+            seed=seed,
+            micro_batches=micro_batches,
+            balance=balance,
+            exact=exact,
+            layout=layout,
+            compress=PowerSGD() if compress == "powersgd" else compress,
         )
         check_compression(compress, exact=exact)
         self._compress = compress
@@ -422,8 +413,7 @@ class Session:
             self.close()
             return
         with contextlib.suppress(Exception):  # what broke the save, most likely by the same cause as the error
-            # NCCL ends its groups together with the others, who may be waiting for this rank: the error would not get
-            # out, and nobody would end them.
+            # NCCL ends its groups together with the others, who may wait for this rank: the error would not get out.
             self._close(CLOSE_AFTER_ERROR_S, leaves_groups=self.device.type != "cuda")
 
     # What Step needs of its session.
@@ -432,17 +422,9 @@ class Session:
     def cursor(self) -> Cursor:
         return self._position.cursor
 
-    @cursor.setter
-    def cursor(self, value: Cursor) -> None:
-        self._position.cursor = value
-
     @property
     def dataset_size(self) -> int:
         return self._position.dataset_size
-
-    @dataset_size.setter
-    def dataset_size(self, value: int) -> None:
-        self._position.dataset_size = value
 
     def begin(self, step: Step) -> None:
         if self._in_step or self._closed:
@@ -469,8 +451,7 @@ class Session:
         step.stop_agreed, blocked_s = self._control.finish(step.index)
         self._set_in_step(False)
         seconds = time.monotonic() - step.started_at
-        self._position.completed = step.index + 1
-        self.cursor, self.dataset_size = step.next_cursor, step.dataset_size
+        self._position.advance(step.index + 1, step.next_cursor, step.dataset_size)
         if self.planned is not None:
             self.planned.decide(self.step, self._control.told)
         self._checkpoints.step_completed()
@@ -481,8 +462,8 @@ class Session:
         self._reports.step_completed(step, seconds=seconds, waited_s=waited_s, sent_bytes=sent_bytes)
 
     def _alike(self) -> Mapping[str, int]:
-        until = -1 if self._until is None else int(min(self._until, 1 << 62))
-        return {"until, of session.steps(),": until} | self._position.alike()
+        until = {"until, of session.steps(),": -1 if self._until is None else int(min(self._until, 1 << 62))}
+        return until | self._position.alike()
 
     def _saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due once so many steps are completed."""

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 class Host(Protocol):
     """What a step needs of its session."""
 
-    cursor: Cursor
-    dataset_size: int
+    @property
+    def cursor(self) -> Cursor: ...
+
+    @property
+    def dataset_size(self) -> int: ...
 
     @property
     def seed(self) -> int: ...
