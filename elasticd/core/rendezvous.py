@@ -236,7 +236,8 @@ def _after_failure(situation: Situation, current: Round, stay: Sequence[NodeId],
 def _together(situation: Situation, candidates: Sequence[NodeId], seats: frozenset[NodeId]) -> list[NodeId]:
     """Those who hold seats; of the rest, the oldest first, whoever has not been lost by one who is in before him.
 
-    Those who were put aside are among them only where there is no world without them, as far as the minimum needs.
+    Those who were put aside are among them only where there is no world without them: as many as the minimum needs, or
+    all where that is none either.
     """
     together: list[NodeId] = []
     for node in sorted(candidates, key=lambda node: node not in seats):
@@ -246,7 +247,8 @@ def _together(situation: Situation, candidates: Sequence[NodeId], seats: frozens
     wanted = [node for node in together if node not in situation.aside]
     if not last_resort or _chosen(situation, wanted):
         return wanted
-    return wanted + last_resort[: max(0, situation.spec.min_nodes - len(wanted)) or len(last_resort)]
+    few = wanted + last_resort[: max(0, situation.spec.min_nodes - len(wanted))]
+    return few if _chosen(situation, few) else wanted + last_resort
 
 
 def _apart(situation: Situation, one: NodeId, other: NodeId) -> bool:
