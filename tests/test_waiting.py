@@ -19,7 +19,7 @@ def attached(device: torch.device) -> tuple[GradientWait, nn.Module, torch.optim
     model = nn.Linear(4, 2).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wait = GradientWait(device)
-    wait.attach(model.parameters(), optimizer)
+    wait.attach(model.parameters(), [optimizer])
     return wait, model, optimizer
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from elasticd.checkpoint.retention import Keep
 from elasticd.errors import ConfigError
 from elasticd.worker.agreement import agree
 
 _ADVICE = {"device": "see why CUDA does not work on every node, or say 'cpu' to all"}
 
 
-def check_settings(*, save_every_steps: int, memory_every_steps: int, keep: int | Keep, seed: int | None) -> None:
+def check_settings(*, save_every_steps: int, memory_every_steps: int, keep: object, seed: int | None) -> None:
     """ConfigError for numbers that are none."""
     if save_every_steps < 0 or (isinstance(keep, int) and keep < 1):
         raise ConfigError("save_every_steps must not be negative, and keep must be at least 1")
