@@ -235,6 +235,7 @@ def test_a_parameter_without_any_gradient_does_not_keep_a_checkpoint_from_being_
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """torch asks for state of all parameters, and saves that of those that were in a step."""
+    caplog.set_level("INFO", "elasticd")
     for until in (1, 2):
         with Session(micro_batches=2, seed=SEED, checkpoint_dir=tmp_path) as session:
             model = Both()
@@ -244,7 +245,7 @@ def test_a_parameter_without_any_gradient_does_not_keep_a_checkpoint_from_being_
             assert session.restore() == until - 1
             assert model.unused not in adam.state
             once(session, model, adam, until=until)
-    assert "no optimizer's state for parameter unused (1 in all)" in caplog.text
+    assert "no optimizer's state of unused (1 in all)" in caplog.text
 
 
 def test_a_backward_pass_before_the_restore_costs_no_state(tmp_path: Path) -> None:

@@ -137,15 +137,16 @@ class Registered:
         return found
 
     def _leave_out_unheld(self, state: dict[str, Any], held: Holdings) -> None:
-        """A parameter that had no gradient when the checkpoint was made: it has no state in there."""
+        """A parameter that had been in no step when the checkpoint was made has no state in there: nothing is lost."""
         known = {path[2] for path in held.paths.values() if path[:2] == ("optimizer", "state") and len(path) > 2}
         unheld = [name for name in state if name not in known] if held.paths else []
         for name in unheld:
             del state[name]
         if unheld:
-            self.remarks.append(
-                f"the checkpoint has no optimizer's state for parameter {unheld[0]} ({len(unheld)} in all), as if none "
-                "of them had been in a step: theirs begins afresh"
+            log.info(
+                "elasticd: the checkpoint has no optimizer's state of %s (%d in all): it begins afresh",
+                unheld[0],
+                len(unheld),
             )
 
     def _unite_groups(self, groups: list[dict[str, Any]]) -> None:
