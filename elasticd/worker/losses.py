@@ -2,8 +2,8 @@
 
 To ask for it after the optimizer's step would hold up the ranks a second time, for one small number. All losses of a
 rank are known before its last backward pass: where the last step's mean was asked for, this step's is under way during
-that pass, and has arrived when it is asked for. On a GPU the losses are not known to the host by then, and reading them
-would hold it up: there they are exchanged when they are asked for.
+that pass, and has arrived when it is asked for. On a GPU the losses are not known to the host by then: their copies to
+the host are put before that pass, and exchanged when they are asked for, while the device is still at work behind them.
 
 Who asks on some ranks only (``if rank == 0:``) would wait for ever: the others go on to the next step, and wait there.
 So the group is one of its own, where nothing else can come in between, and in the first step of a process a rank that
@@ -41,15 +41,19 @@ class StepLosses:
         self._begun = 0
         self._every = torch.empty(0)
         self._work: dist.Work | None = None
+        self._coming: _Coming | None = None
 
     def begin(self) -> None:
         """A new step, or one again. What was under way, and nobody asked for, is left to end by itself."""
         self._begun += 1
-        self._work = None
+        self._work = self._coming = None
 
     def complete_here(self, losses: Mapping[int, torch.Tensor]) -> None:
         """This rank's losses of the step are all known; its last backward pass is to come."""
-        if self._asked_before and self._on_host and self._group is not None:
+        if self._asked_before and not self._on_host:
+            self._asked_before = False
+            self._coming = _Coming(losses) if losses else None
+        elif self._asked_before and self._group is not None:
             self._asked_before = False
             self._start(losses, asks=True)
 
@@ -60,7 +64,7 @@ class StepLosses:
         """
         self._asked_before = True
         if self._group is None:
-            return sum(_numbers(losses, self._micro_batches)) / self._micro_batches
+            return sum(self._numbers(losses)) / self._micro_batches
         if self._work is None:
             self._start(losses, asks=True)
         *every, asking, begun = self._exchanged()
@@ -84,14 +88,38 @@ class StepLosses:
 
     def _start(self, losses: Mapping[int, torch.Tensor], *, asks: bool) -> None:
         # A new tensor each time: the exchange of a step that was given up may still be under way.
-        said = [*_numbers(losses, self._micro_batches), float(asks), float(self._begun)]
+        said = [*self._numbers(losses), float(asks), float(self._begun)]
         self._every = torch.tensor(said, dtype=torch.float64)
         self._work = dist.all_reduce(self._every, group=self._group, async_op=True)
+
+    def _numbers(self, losses: Mapping[int, torch.Tensor]) -> list[float]:
+        """Each loss at its micro-batch's place, 0 where another rank has it. One wait for the device."""
+        numbers = [0.0] * self._micro_batches
+        if losses:
+            found = self._coming.numbers() if self._coming is not None else _stacked(losses).tolist()
+            for micro_batch, loss in zip(losses, found, strict=True):
+                numbers[micro_batch] = loss
+        return numbers
 
     def _exchanged(self) -> list[float]:
         assert self._work is not None
         _wait(self._work)
         numbers: list[float] = self._every.tolist()
+        return numbers
+
+
+class _Coming:
+    """Losses on their way to the host: behind what computes them, before what the device is given next."""
+
+    def __init__(self, losses: Mapping[int, torch.Tensor]) -> None:
+        self._host = torch.empty(len(losses), dtype=torch.float64, pin_memory=True)
+        self._host.copy_(_stacked(losses), non_blocking=True)
+        self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._there.record()
+
+    def numbers(self) -> list[float]:
+        self._there.synchronize()
+        numbers: list[float] = self._host.tolist()
         return numbers
 
 
@@ -113,11 +141,5 @@ def _asked_on_some_ranks() -> StepsDiverged:
     return StepsDiverged("step.mean_loss() was called in a step on some ranks only: all must call it")
 
 
-def _numbers(losses: Mapping[int, torch.Tensor], count: int) -> list[float]:
-    """Each loss at its micro-batch's place, 0 where another rank has it. One wait for the device."""
-    numbers = [0.0] * count
-    if losses:
-        found = torch.stack([loss.reshape(()).double() for loss in losses.values()]).tolist()
-        for micro_batch, loss in zip(losses, found, strict=True):
-            numbers[micro_batch] = loss
-    return numbers
+def _stacked(losses: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([loss.reshape(()).double() for loss in losses.values()])

@@ -149,7 +149,7 @@ class Session:
             micro_batches=micro_batches,
             balance=balance,
             exact=exact,
-            layout=layout,
+            layout=repr(layout),
             compress=PowerSGD() if compress == "powersgd" else compress,
         )
         check_compression(compress, exact=exact)
