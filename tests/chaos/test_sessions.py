@@ -229,9 +229,9 @@ def exchange_sick_node(cluster: Cluster, gpus: FakeGpus, sick: str) -> None:
 
 
 def part(cluster: Cluster, node: str) -> str:
-    """The job that it is in."""
+    """The job that it is in; "" also of one that has been started and is not registered yet."""
     nodes = json.loads(cluster.cli("status", "--json").stdout)["nodes"]
-    return str(next(one for one in nodes if one["node"] == node)["job"])
+    return next((str(one["job"]) for one in nodes if one["node"] == node), "")
 
 
 def test_nodes_that_cannot_hold_a_step_are_no_world_for_a_straggler_nor_after_a_loss(three: Cluster) -> None:
