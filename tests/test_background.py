@@ -358,6 +358,24 @@ def test_what_plain_dcp_saved_is_taken_up_and_said_to_be_unverified(
     assert start()[0] == 1  # from then on our own is newer
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed")
+def test_an_optimizers_state_without_names_is_refused(tmp_path: Path) -> None:
+    """As ``optimizer.state_dict()`` has it: by number. Nothing says which parameter that is."""
+    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+    trained = nn.Linear(3, 2)
+    moments = torch.optim.AdamW(trained.parameters())
+    trained(torch.ones(3)).sum().backward()
+    moments.step()
+    state = {"model": trained.state_dict(), "optimizer": moments.state_dict()}
+    dcp_save(state, checkpoint_id=tmp_path / "plain", no_dist=True)
+    with Session(checkpoint_dir=tmp_path / "ours") as session:
+        model = nn.Linear(3, 2)
+        session.register(model=model, optimizer=torch.optim.AdamW(model.parameters()))
+        with pytest.raises(ConfigError):
+            session.restore(start_from=tmp_path / "plain")
+
+
 def test_a_directory_that_is_no_checkpoint_is_the_operators_error(tmp_path: Path) -> None:
     with Session(checkpoint_dir=tmp_path / "ours") as session:
         session.register(model=nn.Linear(3, 2))

@@ -80,6 +80,7 @@ def limits(*caps: int, of: int = 9, replica_size: int = 1) -> StepLimits:
 
 A, B, C, D = (member(name) for name in "abcd")
 FOUR, FIVE, NINE = member("a", limits=limits(4, 4)), member("b", limits=limits(2, 3)), member("b", limits=limits(4, 5))
+FAILURE = Failure(node_id=NodeId("a"), rank=0, local_rank=0, exit_code=1, message="ConfigError")
 WAITING = Round(number=3, phase=Phase.WAITING, cause=Cause.NODE_LOST)
 
 DECISIONS = [
@@ -113,9 +114,16 @@ DECISIONS = [
     ("the rest cannot hold a step", situation(world(FOUR, FIVE), FOUR, FIVE, lost=frozenset("b")),
      ("waiting", "node_lost", "")),
     ("the rest can", situation(world(FOUR, NINE), FOUR, NINE, lost=frozenset("a")), ("running", "node_lost", "b")),
-    ("a spare that has not run is like the others", situation(world(FOUR, FIVE), FOUR, FIVE, C, lost=frozenset("b")),
+    ("a spare that has not run may take all", situation(world(FOUR, FIVE), FOUR, FIVE, C, lost=frozenset("b")),
      ("running", "node_lost", "ac")),
     ("one that is no more than the others", situation(WAITING, FOUR, spec=spec(1, 1)), NoRoomForStep(8, 9)),
+    ("who had the most room comes back", situation(WAITING, FOUR, C), ("running", "join", "ac")),
+    ("workers that end for want of room",
+     situation(world(FOUR), member("a", state=MemberState.FAILED, about=3, failure=FAILURE, limits=limits(4, 4)),
+               spec=spec(max_restarts=0)), ("waiting", "node_lost", "")),
+    ("workers that end with room enough",
+     situation(world(NINE), member("b", state=MemberState.FAILED, about=3, failure=FAILURE, limits=limits(4, 5)),
+               spec=spec(max_restarts=0)), ("failed", "worker_failed", "")),
     ("as many who were put aside as it takes",
      situation(WAITING, FOUR, member("b", limits=limits(0, 0)), member("c", limits=limits(1, 0)), aside=frozenset("bc"),
                spec=spec(2)), ("running", "join", "abc")),

@@ -347,7 +347,7 @@ def test_a_slow_node_goes_where_the_others_can_hold_a_step() -> None:
 
 
 def test_nodes_that_cannot_hold_a_step_wait_for_others_and_say_so() -> None:
-    """Whoever comes back has not run yet: it is taken to be like those that have."""
+    """Whoever comes back has not run yet and may take anything: when it has said what, they wait again, uncharged."""
     sim = capped("abc", 12)
     left, *lost = sim.world()
     for name in lost:
@@ -355,6 +355,7 @@ def test_nodes_that_cannot_hold_a_step_wait_for_others_and_say_so() -> None:
     assert sim.run(10, lambda: sim.round().phase is Phase.WAITING)
     assert "at most 4 of a step's 12 micro-batches" in sim.round().reason
     sim.add(lost[0], sessions=True).cap = 4
+    assert sim.run(10, lambda: len(sim.world()) == 2)
     sim.run(10)
     assert sim.round().phase is Phase.WAITING
     assert sim.nodes[left].machine._proposer.reason == NoRoomForStep(8, 12)
@@ -368,6 +369,32 @@ def test_nodes_that_cannot_hold_a_step_wait_for_others_and_say_so() -> None:
     assert sim.round().restarts_by(Cause.WORKER_FAILED) == 0
     (job,) = describe(sim.nodes[left].machine.view, {})["jobs"]
     assert job["reason"] == ""
+
+
+def test_a_start_that_is_too_small_waits_for_the_others() -> None:
+    sim = Sim(0, spec=spec(max_restarts=0), policy=GENEROUS, micro_batches=8)
+    sim.add("a", sessions=True).cap = 4
+    assert sim.run(10, lambda: bool(sim.world()))
+    sim.run(10)
+    assert sim.round().phase is Phase.WAITING
+    sim.add("b", sessions=True).cap = 4
+    assert sim.run(10, lambda: len(sim.world()) == 2)
+    sim.run(10)
+    assert (sim.round().phase, sim.round().restarts_by(Cause.WORKER_FAILED)) == (Phase.RUNNING, 0)
+
+
+def test_the_node_with_the_most_room_is_let_in_again() -> None:
+    sim = Sim(0, spec=spec(), policy=GENEROUS, micro_batches=16)
+    for name, cap in (("a", 4), ("b", 12)):
+        sim.add(name, sessions=True).cap = cap
+    assert sim.run(10, lambda: len(sim.world()) == 2)
+    sim.run(1)
+    sim.kill("b")
+    assert sim.run(10, lambda: sim.round().phase is Phase.WAITING)
+    sim.add("b", sessions=True).cap = 12
+    assert sim.run(10, lambda: len(sim.world()) == 2)
+    sim.run(10)
+    assert sim.round().phase is Phase.RUNNING
 
 
 def test_a_drained_node_without_which_no_step_fits_leaves_and_the_job_waits() -> None:

@@ -164,15 +164,15 @@ class Room:
 def count_room(ring: Sequence[Member]) -> Room | None:
     """Of the members in the order of their ranks; None where they have said nothing, or do not say the same.
 
-    Who has not said anything yet (its workers have not run) is taken to be like those who take most.
+    Who has not said anything yet (its workers have not run) may take a whole step: only what is known is held against
+    a world, or one that has lost the node with the most room could never try another.
     """
     said = [member.limits for member in ring if member.limits is not None]
     steps = {(limits.micro_batches, limits.replica_size) for limits in said}
     if len(steps) != 1:
         return None
     ((micro_batches, together),) = steps
-    most = max((cap for limits in said for cap in limits.caps), default=0) or micro_batches
-    caps = [cap for member in ring for cap in _caps(member) or (most,) * member.nproc]
+    caps = [cap for member in ring for cap in _caps(member) or (micro_batches,) * member.nproc]
     held = sum(min(caps[start : start + together]) for start in range(0, len(caps), together))
     return Room(held, micro_batches)
 
@@ -187,6 +187,8 @@ def why_waiting(job: Job) -> str:
     """Why a job without a world has none although its nodes may be enough, for people; empty when that is not it."""
     if job.over or (job.round is not None and job.round.value.seats):
         return ""
+    if job.round is not None and job.round.value.reason:
+        return job.round.value.reason
     room = count_room([held.value for held in job.members.values() if held.value.state is not MemberState.LEAVING])
     return room.explain() if room is not None and room.short else ""
 

@@ -73,4 +73,6 @@ def seed_global(seed: int) -> None:
     """
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
+    if not isinstance(mtrand.get_bit_generator(), np.random.MT19937):  # a script's own, in a worker forked with it
+        mtrand.set_bit_generator(np.random.MT19937())
     np.random.seed(seed >> 31)

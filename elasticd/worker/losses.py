@@ -65,9 +65,8 @@ class StepLosses:
         self._asked_before = True
         if self._group is None:
             return sum(self._numbers(losses)) / self._micro_batches
-        if self._work is None:
-            self._start(losses, asks=True)
-        *every, asking, begun = self._exchanged()
+        _wait(self._work or self._start(losses, asks=True))
+        *every, asking, begun = self._every.tolist()
         if (asking, begun) != (self._group.size(), self._begun * self._group.size()):
             raise _asked_on_some_ranks()
         total: float = sum(every)
@@ -80,17 +79,19 @@ class StepLosses:
         self._agreed = True
         if self._asked_before or self._work is not None:
             return
-        self._start({}, asks=False)
-        *_, asking, _ = self._exchanged()
+        self._start({}, asks=False).wait()
         self._work = None
+        *_, asking, _ = self._every.tolist()
         if asking:
             raise _asked_on_some_ranks()
 
-    def _start(self, losses: Mapping[int, torch.Tensor], *, asks: bool) -> None:
+    def _start(self, losses: Mapping[int, torch.Tensor], *, asks: bool) -> dist.Work:
         # A new tensor each time: the exchange of a step that was given up may still be under way.
         said = [*self._numbers(losses), float(asks), float(self._begun)]
         self._every = torch.tensor(said, dtype=torch.float64)
-        self._work = dist.all_reduce(self._every, group=self._group, async_op=True)
+        work: dist.Work = dist.all_reduce(self._every, group=self._group, async_op=True)
+        self._work = work
+        return work
 
     def _numbers(self, losses: Mapping[int, torch.Tensor]) -> list[float]:
         """Each loss at its micro-batch's place, 0 where another rank has it. One wait for the device."""
@@ -100,13 +101,6 @@ class StepLosses:
             for micro_batch, loss in zip(losses, found, strict=True):
                 numbers[micro_batch] = loss
         return numbers
-
-    def _exchanged(self) -> list[float]:
-        assert self._work is not None
-        _wait(self._work)
-        numbers: list[float] = self._every.tolist()
-        return numbers
-
 
 class _Coming:
     """Losses on their way to the host: behind what computes them, before what the device is given next."""
@@ -128,13 +122,12 @@ def _wait(work: dist.Work) -> None:
     try:
         work.wait(PATIENCE)
     except RuntimeError:
-        if work.is_completed():  # it failed, and was not too slow
-            raise
-        log.warning(
-            "elasticd: rank %d waits in step.mean_loss() for other ranks: all of them must call it, in the same steps",
-            dist.get_rank(),
-        )
-        work.wait()
+        if not work.is_completed():
+            log.warning(
+                "elasticd: rank %d waits in step.mean_loss() for other ranks: all must call it, in the same steps",
+                dist.get_rank(),
+            )
+        work.wait()  # raises what the exchange itself has ended in
 
 
 def _asked_on_some_ranks() -> StepsDiverged:

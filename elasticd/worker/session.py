@@ -446,6 +446,8 @@ class Session:
         self._set_in_step(False)
         self._waiting.drop()
         self._half_done = step if step.updated else None
+        if not step.updated:
+            step.error = None  # with its traceback it holds all that the pass has left
 
     def complete(self, step: Step) -> None:
         step.stop_agreed, blocked_s = self._control.finish(step.index)

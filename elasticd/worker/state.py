@@ -137,8 +137,13 @@ class Registered:
         return found
 
     def _leave_out_unheld(self, state: dict[str, Any], held: Holdings) -> None:
-        """A parameter that had been in no step when the checkpoint was made has no state in there: nothing is lost."""
+        """A parameter that had been in no step when the checkpoint was made has no state in there: nothing is lost.
+
+        Where none is known by its name, the state is somebody's plain ``optimizer.state_dict()``: it will be refused.
+        """
         known = {path[2] for path in held.paths.values() if path[:2] == ("optimizer", "state") and len(path) > 2}
+        if known and known.isdisjoint(state):
+            return
         unheld = [name for name in state if name not in known] if held.paths else []
         for name in unheld:
             del state[name]

@@ -1,4 +1,4 @@
-"""Sees each optimizer.step() in a step's block, whoever calls it: where it may not be, and that it has been.
+"""Sees each step() of a registered optimizer in a step's block: where it may not be, and that it has been.
 
 In the loop over micro-batches a rank has the gradients of its own samples at most: an update there would be another on
 each rank, and nothing would ever bring them together again. And a step whose update has begun cannot be done again: it

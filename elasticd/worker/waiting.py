@@ -21,18 +21,19 @@ MAX_PENDING = 64
 
 
 class GradientWait:
-    """``attach`` costs one small call for each parameter and backward pass."""
+    """``attach`` costs one small call for each parameter and backward pass; on CUDA, where it is an event, for one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._make = device, marks_of(device)
         self._gradient: Mark | None = None
         self._pending: deque[tuple[Mark, Mark]] = deque(maxlen=MAX_PENDING)
+        self._new = 0
 
     def attach(self, parameters: Iterable[torch.nn.Parameter], optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """No parameters: who knows it better calls ``gradients_came`` when the last gradient of a step is there."""
-        for parameter in parameters:
-            if parameter.requires_grad and parameter.device == self._device:
-                parameter.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+        watched = [each for each in parameters if each.requires_grad and each.device == self._device]
+        for parameter in watched if self._device.type == "cpu" else watched[:1]:  # the last one to have its gradient
+            parameter.register_hook(self._on_gradient)  # type: ignore[no-untyped-call]
         for optimizer in optimizers:  # the first that steps ends the wait
             optimizer.register_step_pre_hook(self._on_optimizer)
 
@@ -46,12 +47,15 @@ class GradientWait:
                 break
             waited_s += seconds
             self._pending.popleft()
+        self._new = 0
         return waited_s
 
     def drop(self) -> None:
         """Of a step that was given up."""
         self._gradient = None
-        self._pending.clear()
+        for _ in range(min(self._new, len(self._pending))):
+            self._pending.pop()
+        self._new = 0
 
     def gradients_came(self) -> None:
         if self._gradient is None:
@@ -65,4 +69,5 @@ class GradientWait:
     def _on_optimizer(self, *_: Any) -> None:
         if self._gradient is not None:
             self._pending.append((self._gradient, self._make()))
+            self._new += 1
             self._gradient = None
