@@ -48,7 +48,7 @@ def _fault(name: str, own: bytes, sums: Sequence[int], group: dist.ProcessGroup)
 
 
 def numbers_of_all(own: list[int], group: dist.ProcessGroup | None) -> list[list[int]]:
-    """Collective: what each rank says, by rank; as many numbers on each of them, of 63 bits."""
+    """Collective: what each rank says, by rank; as many numbers on each of them, of 64 bits."""
     if group is None:
         return [own]
     said = torch.zeros(dist.get_world_size(group), len(own), dtype=torch.int64)

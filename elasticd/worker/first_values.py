@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from elasticd.errors import ConfigError
+from elasticd.worker.agreement import numbers_of_all
 from elasticd.worker.gradients import own, trained
 from elasticd.worker.layout import Arrangement
 from elasticd.worker.state import Registered
@@ -33,23 +34,15 @@ def check_first_values(
     """Collective. ``group`` None: a world of one. ConfigError, on all ranks, when any two differ that must not."""
     named = list(trained(registered).named_parameters())
     compared = {name: each for name, each in named if exact or _is_replicated(each)}
-    if group is None or not (exact or _on_any_rank(bool(compared), group)):
+    # Stages of a pipeline may be sharded in different ways.
+    if group is None or not (exact or any(found for (found,) in numbers_of_all([bool(compared)], group))):
         return
-    said = torch.zeros(group.size(), 2, dtype=torch.int64)
-    said[group.rank()] = torch.tensor([_part_held(compared, arranged), checksum(compared.values())])
-    dist.all_reduce(said, group=group)
-    if len({tuple(each) for each in said.tolist()}) > len(set(said[:, 0].tolist())):
+    said = numbers_of_all([_part_held(compared, arranged), checksum(compared.values())], group)
+    if len({(part, values) for part, values in said}) > len({part for part, _ in said}):
         raise ConfigError(
             "replicas begin with different weights, and nothing makes them the same: give the Session a seed, and make "
             f"the model after it{', or wrap it in DistributedDataParallel' if exact else ''}"
         )
-
-
-def _on_any_rank(found: bool, group: dist.ProcessGroup) -> bool:  # noqa: FBT001
-    """Stages of a pipeline may be sharded in different ways."""
-    said = torch.tensor([found], dtype=torch.int64)
-    dist.all_reduce(said, op=dist.ReduceOp.MAX, group=group)
-    return bool(said.item())
 
 
 def _is_replicated(parameter: torch.Tensor) -> bool:
