@@ -146,7 +146,7 @@ def render(found: Mapping[str, Any]) -> Group:
     """Two tables, and a line for what is wrong."""
     parts: list[Any] = [_nodes_table(found.get("nodes", [])), _jobs_table(found.get("jobs", []))]
     for job in found.get("jobs", []):
-        if job["reason"]:
+        if job.get("reason"):
             parts.append(_wrong(job["job"], f": {job['reason']}"))
         if job["failure"]:
             failure = job["failure"]
