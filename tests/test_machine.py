@@ -256,6 +256,15 @@ def test_a_node_that_shuts_down_leaves_in_order() -> None:
     assert sim.round().restarts == ((Cause.LEAVE, 1),)
 
 
+def test_who_leaves_ends_with_the_round_that_leaves_it_out() -> None:
+    """In the same decision: no later event need come, and it waited for one, for half a minute."""
+    sim = cluster("ab")
+    node = sim.nodes["a"]
+    node.post(messages.ShutdownRequested())
+    assert sim.run(5, lambda: "fenced" in [event for _, event, _ in node.reports])
+    assert node.machine.stage is Stage.ENDING
+
+
 def test_a_cancelled_job_ends() -> None:
     sim = cluster("abc")
     sim.store.apply({keys.cancel(JobId("job")): ("{}", 0)}, [])

@@ -228,9 +228,9 @@ class Machine:
     # --- what is known decides what to do ---------------------------------------------------------
 
     def _decide(self, now: float) -> Iterator[Effect]:
-        yield from self._choose_job()
         if self.task is not None and self.view.loaded:
             yield from self._follow_round(self.task)
+        yield from self._choose_job()  # after that: who has lost its seat may have to leave, and no event need follow
         if self.task is not None:
             yield from self._watch_steps(self.task, now)
         yield from self._watch_peers()
