@@ -24,8 +24,7 @@ would rather divide its batch itself asks ``step.batch_indices`` for sample ids,
 
 It runs under elasticd, under plain torchrun, and under plain python as a world of one; without a daemon everything
 works but reports and stops. This module is the composition root of the training process: with checkpoints.py, which
-keeps state and takes it up, it alone joins worker/ and checkpoint/. Not here: what the daemon is told (reports.py),
-recovery inside the process (to come).
+keeps state and takes it up, it alone joins worker/ and checkpoint/. Not here: what the daemon is told (reports.py).
 """
 
 from __future__ import annotations
