@@ -38,6 +38,15 @@ from elasticd.worker.world import Place, make_side_group
 log = logging.getLogger(__name__)
 
 
+def open_directory(wanted: str | os.PathLike[str] | None) -> Location | None:
+    """Where checkpoints go, ready to be written to; None where none are wanted. ConfigError when it cannot be."""
+    if wanted is None:
+        return None
+    directory = locate(wanted)
+    storage.open_directory(directory)
+    return directory
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """What the script asked for. ``directory``: None saves nothing on disk. ``memory_every_steps``: 0 copies nothing

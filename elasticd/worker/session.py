@@ -40,15 +40,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from elasticd.checkpoint import storage
 from elasticd.checkpoint.background import Counts
 from elasticd.checkpoint.memory_save import MemoryCounts
-from elasticd.checkpoint.objects import locate
 from elasticd.checkpoint.retention import Keep
 from elasticd.checkpoint.save import Saved
 from elasticd.errors import Fenced
 from elasticd.torch_defects import keep_destroyed_groups
-from elasticd.worker.checkpoints import Checkpoints, Policy
+from elasticd.worker.checkpoints import Checkpoints, Policy, open_directory
 from elasticd.worker.compress import Compression, check_compression, compress_gradients
 from elasticd.worker.control import Control
 from elasticd.worker.data import Cursor
@@ -132,9 +130,7 @@ class Session:
         work = make_work(micro_batches, at_most=max_micro_batches, balance=balance, exact=exact)
         self._place = Place.from_environment()
         self.device = choose_device(self._place, device)
-        directory = locate(checkpoint_dir) if checkpoint_dir is not None else None
-        if directory is not None:
-            storage.open_directory(directory)
+        directory = open_directory(checkpoint_dir)
         self._made_world = join_world(self._place, self.device)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._control = Control()
