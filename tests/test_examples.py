@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -30,7 +31,7 @@ SAVE_EVERY = 20
 #: The name, its flags, and the beginning of its last line.
 EXAMPLES = {
     "mlp_digits": (
-        ["--save-every", str(SAVE_EVERY), "--progress-seconds", "0.3", "--step-seconds", "0.02", "--checkpoint-dir"],
+        ["--save-every", str(SAVE_EVERY), "--progress-seconds", "0.3", "--step-seconds", "0.05", "--checkpoint-dir"],
         "accuracy",
     ),
     "hf_trainer": (["--steps", "100", "--output-dir"], "done at step 100"),
@@ -59,7 +60,9 @@ def train_with_a_kill(example: str, log: Path) -> None:
         )
     try:
         eventually(lambda: has_saved(log), PATIENCE_S, f"a checkpoint beside {log}, and steps after it")
-        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        below = workers(process.pid)
+        assert len(below) == 2, f"no two workers: {log.read_text()}"
+        os.kill(below[1], signal.SIGKILL)
         assert process.wait(PATIENCE_S) == 0, log.read_text()
     finally:
         process.terminate()
@@ -67,17 +70,22 @@ def train_with_a_kill(example: str, log: Path) -> None:
 
 
 def has_saved(log: Path) -> bool:
-    """Whether there is a whole checkpoint to go on from, and a later step. What each of the three writes last."""
-    last = ("step-*/manifest.json", "checkpoint-*/trainer_state.json", "last.ckpt")
+    """Whether there is a whole checkpoint to go on from, and a later step. What each of the three writes last.
+
+    Beside step-20.r1.tmp, which is still being flushed and is no checkpoint yet.
+    """
+    last = ("step-*[0-9]/manifest.json", "checkpoint-*/trainer_state.json", "last.ckpt")
     saved = any(any(log.with_suffix("").glob(pattern)) for pattern in last)
     return saved and max(said(log, r"^step (\d+).* world 2"), default=0) > SAVE_EVERY
 
 
 def workers(daemon: int) -> list[int]:
-    """What the warm server of this daemon forked, after the agent: in the order of ranks."""
-    below = psutil.Process(daemon).children()
-    (server,) = (process for process in below if "elasticd.supervisor.warm" in process.cmdline())
-    forks = sorted(server.children(), key=lambda process: (process.create_time(), process.pid))
+    """What the warm server of this daemon forked, after the agent: in the order of ranks. None when it has ended."""
+    forks: list[psutil.Process] = []
+    for process in psutil.Process(daemon).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie too
+            if "elasticd.supervisor.warm" in process.cmdline():
+                forks = sorted(process.children(), key=lambda child: (child.create_time(), child.pid))
     return [process.pid for process in forks[1:]]
 
 
