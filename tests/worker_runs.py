@@ -21,12 +21,14 @@ from pathlib import Path
 
 from elasticd.cluster.embedded import free_port
 
-#: A process that has torch, and forks the ranks: one import for all tests instead of one for each rank (4 s).
+#: A process that has torch, and forks the ranks: one import for all tests instead of one for each rank (4 s, and 1 s for
+#: torch._dynamo, which DDP and optimizers import when they are made).
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
         "elasticd.worker.session",
         "elasticd.examples.byte_gpt",
+        "torch._dynamo",
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
         "pytest",
@@ -86,6 +88,7 @@ def _become(target: Callable[..., object], arguments: tuple[object, ...], env: d
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     multiprocessing.current_process()._config["daemon"] = False  # it may have children: a DataLoader's workers
+    multiprocessing.set_start_method("fork", force=True)  # Linux's own again: a server for each rank imports torch anew
     try:
         target(*arguments)
     except Exception:  # noqa: BLE001 - this is the top level of the rank
