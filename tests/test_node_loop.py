@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -304,6 +305,33 @@ def test_a_script_hears_whether_its_round_stands(endpoint: str, tmp_path: Path) 
             assert await ask("fenced", number) is False
 
     asyncio.run(scenario())
+
+
+def test_a_history_that_hangs_costs_no_heartbeat(endpoint: str, tmp_path: Path) -> None:
+    """A pipe that is full stands for a disk or a mount that does not answer."""
+    path = tmp_path / "a-hangs.jsonl"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(reader, b"\n")
+
+    async def scenario() -> None:
+        a = Host("a", "a-hangs", endpoint, tmp_path, job("hangs"))
+        async with hosts(endpoint, tmp_path, "b", job("hangs")) as (b,):
+            await a.loop.start()
+            await eventually(lambda: all(sorted(h.seats()) == ["a", "b"] for h in (a, b)))
+            await asyncio.sleep(3 * b.setup.links.dead_after_s)
+            assert sorted(b.seats()) == ["a", "b"]
+            os.set_blocking(reader, True)
+            content = b""
+            while b'"registered"' not in content:
+                content += await asyncio.to_thread(os.read, reader, 65536)
+            assert json.loads(content.split()[0])["event"] == "started"
+            await a.loop.close()
+
+    asyncio.run(scenario())
+    os.close(reader)
 
 
 def test_a_malformed_message_closes_only_its_connection(endpoint: str, tmp_path: Path) -> None:

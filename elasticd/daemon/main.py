@@ -29,6 +29,7 @@ from elasticd.core.machine import Settings
 from elasticd.core.model import BootId, Capacity, JobSpec, Node, NodeId, Phase
 from elasticd.core.stragglers import Policy
 from elasticd.daemon.launcher import LauncherSettings, WarmLauncher
+from elasticd.daemon.lines import LineWriter
 from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.node import NodeLoop, Observer, Setup, world_log
 from elasticd.daemon.notify import notify, watchdog_interval_s
@@ -234,7 +235,33 @@ def _explain_end(loop: NodeLoop) -> None:
         text += f": first error on node {failure.node_id}, rank {failure.rank} ({how}): {failure.message}"
         if failure.traceback:
             text += f"\n{failure.traceback.rstrip()}"
+    for handler in logging.root.handlers:  # what led there comes first
+        handler.flush()
     print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+class _Lines(logging.Handler):
+    """To a descriptor, by a thread of its own: a terminal that is paused does not hold the loop."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._lines = LineWriter(descriptor, self._lost)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put(self._bytes(record))
+        except Exception:  # noqa: BLE001 - as logging's own handlers
+            self.handleError(record)
+
+    def flush(self) -> None:
+        self._lines.drain()
+
+    def _bytes(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode(errors="backslashreplace")
+
+    def _lost(self, count: int) -> bytes:
+        text = f"{count} lines of this log are missing: they were not taken in time"
+        return self._bytes(log.makeRecord(log.name, logging.WARNING, __file__, 0, text, (), None))
 
 
 class _JsonLines(logging.Formatter):
@@ -257,7 +284,7 @@ def configure_logging(level: str = "", *, as_json: bool = False, world_changes: 
 
     ``world_changes``: a change of the world is told at any level, since a person watches.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Lines(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
     handler.setFormatter(
         _JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s")
     )
