@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worker_runs import run_world, world
 
 import elasticd
+from elasticd.channel import MAX_LINE_BYTES, encode
 from elasticd.checkpoint import storage
 from elasticd.cluster.memory_link import DataConnection
 from elasticd.cluster.peers import LinkSettings
@@ -31,8 +32,9 @@ from elasticd.core.model import NodeId
 from elasticd.daemon.memory_files import MemorySettings
 from elasticd.daemon.memory_service import COPY_THREADS
 from elasticd.errors import MemoryRefused
+from elasticd.worker import memory_host
 from elasticd.worker.link import DaemonLink
-from elasticd.worker.memory_host import MemoryHost
+from elasticd.worker.memory_host import PARTS_AT_ONCE, MemoryHost
 
 SEED = int(os.environ.get("ELASTICD_TEST_SEED", "0")) or 20261125
 MIB = 1024**2
@@ -98,6 +100,16 @@ def test_a_daemon_that_is_gone_is_no_reason_to_wait() -> None:
         link.close()
 
 
+def test_a_request_of_a_great_world_fits_its_line() -> None:
+    """The longest names that a node may have, and their parts' paths."""
+    name = "n" * 64
+    asked = [[100_000 + rank, name, [name, name]] for rank in range(PARTS_AT_ONCE)]
+    path = f"/dev/shm/elasticd-{name}-abcdefgh/{'j' * 64}/step-100000000.r100000.rank-100000.from-{name}"
+    told = [[100_000 + rank, path] for rank in range(PARTS_AT_ONCE)]
+    for message in ({"wanted": asked}, {"paths": told}):
+        assert len(encode({"type": "memory", **message})) < MAX_LINE_BYTES * 0.7
+
+
 # --- ranks and their daemons ---
 
 
@@ -114,6 +126,7 @@ def join_node(nodes: int) -> None:
     os.environ["ELASTICD_NODE_ID"] = name
     os.environ["ELASTICD_SOCKET"] = f"{os.environ['MEMORY_NODES']}/{name}.sock"
     os.environ["LOCAL_RANK"] = str(max(0, int(os.environ["RANK"]) - nodes + 1))
+    memory_host.PARTS_AT_ONCE = 2  # so that three ranks are more than one request, as hundreds are
 
 
 def train(nodes: int, until: int, every: int = 1, kind: str = "ddp", wait: float = 0.0, directory: str = "") -> None:

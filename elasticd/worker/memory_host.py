@@ -16,6 +16,9 @@ from elasticd.core.records import from_plain
 from elasticd.errors import ChannelClosed, MemoryRefused
 from elasticd.worker.link import DaemonLink
 
+#: So many parts, or their paths, are two thirds of the longest line that a channel takes where names are the longest.
+PARTS_AT_ONCE = 500
+
 
 class MemoryHost:
     """MemoryRefused from any method that answers: with the daemon's reason, or because it is gone."""
@@ -60,13 +63,14 @@ class MemoryHost:
         ``damaged``: rank and path of parts that are here already, and are of no use.
         """
         plain = [[rank, writer, list(nodes)] for rank, (writer, nodes) in wanted.items()]
-        where = {"wanted": plain, "index_from": list(index_from), "damaged": list(damaged)}
-        answer = self._ask("fetch", generation, seal=seal, **where)
-        return Fetched(
-            paths={int(rank): str(path) for rank, path in answer["paths"]},
-            index_path=str(answer["index_path"]),
-            index_bytes=int(answer["index_bytes"]),
-        )
+        paths: dict[int, str] = {}
+        for first in range(0, max(1, len(plain)), PARTS_AT_ONCE):
+            some = plain[first : first + PARTS_AT_ONCE]
+            ranks = {rank for rank, *_ in some}
+            where = {"index_from": list(index_from), "damaged": [each for each in damaged if each[0] in ranks]}
+            answer = self._ask("fetch", generation, seal=seal, wanted=some, **where)
+            paths |= {int(rank): str(path) for rank, path in answer["paths"]}
+        return Fetched(paths=paths, index_path=str(answer["index_path"]), index_bytes=int(answer["index_bytes"]))
 
     def restored(self, generation: Generation | None) -> None:
         """Training goes on from this one; None: from elsewhere, and what is in RAM is void."""
