@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from worker_runs import environment, run_world
+from worker_runs import Rank, environment, run_world
 
 from elasticd import average_in_two_levels
 from elasticd.bench.balance_train import sent_bytes
@@ -80,45 +79,40 @@ def count(two_levels: bool) -> int:
 def report(number: int) -> None:
     """Run by one of two processes on each of two hosts; ``number``: 0 and 1 on the first."""
     found = {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], 29500, world_size=4, is_master=number == 0)
     for name, rank, two_levels in (
         ("flat", number, False),
         ("two levels", number, True),
         ("interleaved", (0, 2, 1, 3)[number], False),  # neighbours in the ring are never on one host
     ):
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=4)
         found[name] = count(two_levels)
         dist.destroy_process_group()
     print(json.dumps(found))
+    store.set(f"done {number}", "")
+    store.wait([f"done {each}" for each in range(4)])
 
 
 @pytest.mark.net
 @pytest.mark.usefixtures("namespaces")
-def test_what_crosses_between_two_nodes_of_two_ranks(tmp_path: Path) -> None:
+def test_what_crosses_between_two_nodes_of_two_ranks() -> None:
     """A ring of n ranks carries 2 (n - 1) / n times the gradients over each of its links; two levels 2 (N - 1) / N."""
-    with NamespaceHosts() as hosts:
+    with NamespaceHosts() as hosts, ExitStack() as stack:
         made = [hosts.add(f"n{i}") for i in range(2)]
-        server = (
-            "import sys, torch.distributed as d; s = d.TCPStore(sys.argv[1], 29500, is_master=True); sys.stdin.read()"
-        )
-        made[0].spawn([sys.executable, "-c", "import time;" + server.replace("sys.stdin.read()", "time.sleep(90)"),
-                       made[0].address], log=tmp_path / "store")  # fmt: skip
-        processes = []
+        ranks = []
         for number in range(4):
             host = made[number // 2]
             env = environment(
                 MASTER_ADDR=made[0].address,
-                MASTER_PORT="29500",
                 GLOO_SOCKET_IFNAME=host.interface,
+                NETNS=host.netns,
             )
-            path = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
-            command = [sys.executable, "-c", f"import test_hierarchy as t; t.report({number})"]
-            log = tmp_path / f"rank{number}"
-            processes.append(host.spawn(command, log=log, env={**env, "PYTHONPATH": path}))
-        for number, process in enumerate(processes):
-            assert process.wait(80) == 0, (tmp_path / f"rank{number}").read_text()
+            ranks.append(Rank(report, (number,), env))
+            stack.callback(ranks[-1].close)
+        for rank in ranks:
+            assert rank.wait() == 0, rank.output
         for number in (0, 2):
-            found = json.loads((tmp_path / f"rank{number}").read_text().splitlines()[-1])
+            found = json.loads(ranks[number].output.splitlines()[-1])
             per_step = {name: sent / GRADIENT_BYTES for name, sent in found.items()}
             print(per_step)
             assert per_step["flat"] == pytest.approx(1.5, rel=0.1)

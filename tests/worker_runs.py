@@ -44,7 +44,10 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 class Rank:
-    """A forked process that calls a function, in torchrun's environment but without its agent: nothing restarts it."""
+    """A forked process that calls a function, in torchrun's environment but without its agent: nothing restarts it.
+
+    Within the network namespace that NETNS names, if it is there.
+    """
 
     def __init__(self, target: Callable[..., object], arguments: tuple[object, ...], env: dict[str, str]) -> None:
         self._log = tempfile.NamedTemporaryFile(prefix="rank-", suffix=".log")  # noqa: SIM115 - as long as the rank
@@ -80,7 +83,11 @@ class Rank:
 def _become(target: Callable[..., object], arguments: tuple[object, ...], env: dict[str, str], log: str) -> None:
     import torch
 
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the tests
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the tests
+    if netns := env.get("NETNS"):
+        with Path("/run/netns", netns).open() as namespace:
+            assert libc.setns(namespace.fileno(), 0x40000000) == 0, os.strerror(ctypes.get_errno())  # CLONE_NEWNET
     os.environ.clear()
     os.environ.update(env)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
