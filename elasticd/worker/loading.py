@@ -41,7 +41,7 @@ class Source:
     collate: Collate | None = None
 
     def changed_from(self, other: Source) -> list[str]:
-        """The arguments in which they differ. Data sets are not compared: that may take long, or mean something else."""
+        """The arguments in which they differ. Data sets are not compared: that may take long or mean something else."""
         pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)) for each in fields(self)}
         return [name for name, (new, old) in pairs.items() if new is not old and (name == "dataset" or new != old)]
 
