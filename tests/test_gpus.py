@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import need
+from conftest import eventually, need
 from fake_gpus import ECC, HEALTHY, FakeGpus, why_not_fake_gpus
 
 from elasticd.core.model import Gpu
+from elasticd.metrics import gpu as module
 from elasticd.metrics.gpu import Gpus, GpuSample
 from elasticd.metrics.gpu_health import GpuHealth
 
@@ -118,6 +120,20 @@ def test_a_driver_hangs_when_a_question_stays_without_an_answer() -> None:
     told = [health.judge([sample()], silent_s) for silent_s in silences_s]
     assert [bool(trouble) for trouble in told] == [False] * 8 + [True, True, False]
     assert "hangs" in told[8]
+
+
+def test_a_driver_may_hang_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = threading.Event()
+    monkeypatch.setattr(module, "_open_nvml", lambda: there.wait(30) and None)
+    monkeypatch.setattr(module, "FIRST_TIMEOUT_S", 0.01)
+    gpus = Gpus()
+    try:
+        assert gpus.watched
+        assert 0 < gpus.silent_s < gpus.silent_s
+    finally:
+        there.set()
+    eventually(lambda: not gpus.watched)
+    assert gpus.silent_s == 0
 
 
 HAS_DRIVER = Path("/dev/nvidiactl").exists()

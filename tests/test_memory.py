@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from worker_runs import run_world, world
 import elasticd
 from elasticd.channel import MAX_LINE_BYTES, encode
 from elasticd.checkpoint import storage
+from elasticd.checkpoint.memory_save import Copied, MemoryCopies
 from elasticd.cluster.memory_link import DataConnection
 from elasticd.cluster.peers import LinkSettings
 from elasticd.config import LinksConfig
@@ -208,6 +211,39 @@ def test_a_restart_takes_up_what_the_daemons_hold_and_a_lost_node_is_made_up_for
         assert {one["began"] for one in again} == {8}
         assert restored(nodes) == {"memory", "buddy"}
         assert all(one["weights"] == pytest.approx(expected(10), rel=1e-6) for one in again)
+
+
+def go_back() -> None:
+    """Run by a rank: the fifth step raises after its update, while the copy of those before it is under way."""
+    join_node(1)
+    finish = MemoryCopies._finish
+
+    def take_long(*arguments: Any) -> Copied:
+        time.sleep(0.3)
+        return finish(*arguments)
+
+    MemoryCopies._finish = take_long
+    with elasticd.Session(memory_every_steps=4, seed=1) as session:
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        session.register(model=model, optimizer=optimizer)
+        session.restore()
+        with contextlib.suppress(ArithmeticError):
+            for step in session.steps():
+                with step:
+                    optimizer.zero_grad()
+                    model.linear(torch.ones(4, 16)).square().mean().backward()
+                    optimizer.step()
+                    if step.index == 4:
+                        raise ArithmeticError
+        print(json.dumps([session.restore(), model.linear.weight.double().sum().item()]))
+
+
+def test_a_script_that_goes_back_takes_up_the_copy_that_was_under_way() -> None:
+    with MemoryNodes("") as nodes:
+        (output,) = run_world(1, go_back, **nodes.environment(1))
+        assert last(output) == [4, pytest.approx(expected(4), rel=1e-6)]
 
 
 def restored(nodes: MemoryNodes) -> set[str]:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worker_runs import run_world, world
 
 from elasticd import Session
+from elasticd.checkpoint.save import Saved, Saver
 from elasticd.errors import ConfigError
 from elasticd.worker import losses
 from elasticd.worker import session as session_module
@@ -215,9 +216,44 @@ def test_a_step_that_raised_after_its_update_is_not_done_again(tmp_path: Path, p
             train()
         assert isinstance(caught.value.__cause__, ValueError)
         assert (tries, session.step) == (3, 1)
-        for use in (session.save, session.begin_save, lambda: next(session.steps())):
-            with pytest.raises(RuntimeError, match="start again from the last checkpoint"):
+        for use in (session.save, session.begin_save, lambda: next(session.steps()), train):
+            assert session.restore() == 1  # there is none
+            with pytest.raises(RuntimeError, match=r"call session.restore\(\), or start again"):
                 use()
+
+
+def test_a_script_that_goes_back_to_the_last_checkpoint_goes_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a spike: although an update has been applied, and the checkpoint is under way still."""
+    save = Saver.save
+
+    def take_long(*arguments: Any, **how: Any) -> Saved:
+        time.sleep(0.3)
+        return save(*arguments, **how)
+
+    monkeypatch.setattr(Saver, "save", take_long)
+    with Session(micro_batches=4, checkpoint_dir=tmp_path, save_every_steps=2, seed=1) as session:
+        model, optimizers = two_optimizers(session)
+        trained: list[list[float]] = []
+
+        def train(*, spike: bool) -> None:
+            for step in session.steps(until=5):
+                with step:
+                    for batch in step.micro_batches(torch.arange(20.0).unsqueeze(1), size=1):
+                        step.backward(model(batch).mean())
+                    for optimizer in optimizers:
+                        optimizer.step()
+                    trained.append([step.index, *step.sample_ids, *(each.item() for each in model.parameters())])
+                    if spike and step.index == 2:
+                        raise ArithmeticError
+
+        with pytest.raises(ArithmeticError):
+            train(spike=True)
+        assert session.restore() == 2
+        train(spike=False)
+        assert [step for step, *_ in trained] == [0, 1, 2, 2, 3, 4]
+        assert trained[2] == trained[3]
 
 
 def test_a_step_whose_update_was_skipped_is_done_again() -> None:

@@ -57,8 +57,10 @@ class MemoryTier:
     def restore(self, make_state: MakeState, *, at_least: int) -> Restored | None:
         """The newest copy of so many steps or more that can be had, loaded; None when there is none.
 
-        ``at_least`` is rank 0's.
+        ``at_least`` is rank 0's. Where training goes back, a copy may be under way, over the same group: it ends first.
         """
+        if self._copies is not None:
+            self._copies.wait()
         return self._restore.restore(make_state, at_least=share(at_least, self._ranks.group)[0])
 
     def settle(self) -> None:

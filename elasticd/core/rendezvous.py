@@ -229,13 +229,15 @@ def _settle_join_s(situation: Situation, coming: Sequence[NodeId]) -> float:
 def _after_failure(situation: Situation, current: Round, stay: Sequence[NodeId], failure: Failure) -> Proposal | Wait:
     """A worker failed: within the budget everybody starts again, beyond it the job has failed.
 
-    Workers that have said what they take of a step, and end since it is less than the step, have not failed: they wait.
+    Workers that have said what they take of a step, and end since it is less than the step, have not failed: they wait
+    for more. Where there are as many nodes as the job may have, none will come.
     """
     seated = [seat.node_id for seat in current.seats if seat.node_id in situation.members]
     room = _room(situation, seated) if len(seated) == len(current.seats) else None
-    if room is not None and room.short and not failure.final:
+    short = room is not None and room.short
+    if short and len(seated) < situation.spec.max_nodes and not failure.final:
         return _world(situation, stay, Cause.NODE_LOST, settle_s=SETTLE_FAILURE_S)
-    if failure.final or current.restarts_by(Cause.WORKER_FAILED) >= situation.spec.max_restarts:
+    if short or failure.final or current.restarts_by(Cause.WORKER_FAILED) >= situation.spec.max_restarts:
         return _end(situation, Phase.FAILED, Cause.WORKER_FAILED, failure, SETTLE_FAILURE_S)
     return _world(situation, stay, Cause.WORKER_FAILED, failure=failure, settle_s=SETTLE_FAILURE_S)
 

@@ -46,8 +46,8 @@ class Gpus:
         self._wanted, self._fresh = threading.Event(), threading.Event()
         self._samples: tuple[GpuSample, ...] = ()
         self._sampled_at = time.monotonic()
-        #: When the question was put that NVML has not answered yet.
-        self._asked_at: float | None = None
+        #: When the question was put that NVML has not answered yet: to begin with, whether it is there.
+        self._asked_at: float | None = time.monotonic()
         self._closing = False
         self._wanted.set()
         self._thread = threading.Thread(target=self._run, name="nvml", daemon=True)
@@ -91,6 +91,7 @@ class Gpus:
 
     def _run(self) -> None:
         nvml = _open_nvml()
+        self._asked_at = None
         known: dict[int, Gpu] = {}
         events = XidEvents(nvml) if nvml is not None else None
         while nvml is not None and not self._closing:

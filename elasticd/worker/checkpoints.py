@@ -137,27 +137,33 @@ class Checkpoints:
 
     # Taking one up.
 
-    def restore(self, start_from: str | os.PathLike[str] | None) -> None:
-        """The newest that verifies, in RAM or on disk; else what is in ``start_from``; else nothing. See Session."""
+    def restore(self, start_from: str | os.PathLike[str] | None) -> bool:
+        """The newest that verifies, in RAM or on disk; else what is in ``start_from``; else nothing. See Session.
+
+        Whether a checkpoint was taken up, so that all that is registered is as it was after one step.
+        """
         registered = self._known()
         self._restored = True
         wait_for_device()  # for how the model was made; threads fill it
+        if self._saver is not None:
+            self._saver.wait()  # where training goes back: the newest may be under way
         if self._memory is None:
-            self._restore_from_disk(registered, start_from)
-            return
+            return self._restore_from_disk(registered, start_from)
         steps = storage.complete_steps(self._directory) if self._directory is not None else []
         if self._restore_from_memory(self._memory, registered, at_least=steps[0] if steps else 0):
-            return
-        lost: StateLost | None = None
+            return True
+        found, lost = False, None
         try:
-            self._restore_from_disk(registered, start_from)
+            found = self._restore_from_disk(registered, start_from)
         except StateLost as error:  # on every rank
             lost = error
         # What is newest on disk may have been damaged: then a copy in RAM may be the newest after all.
-        if not self._restore_from_memory(self._memory, registered, at_least=self._position.completed + 1):
-            self._memory.settle()
-            if lost is not None:
-                raise lost
+        if self._restore_from_memory(self._memory, registered, at_least=self._position.completed + 1):
+            return True
+        self._memory.settle()
+        if lost is not None:
+            raise lost
+        return found
 
     def _restore_from_memory(self, memory: MemoryTier, registered: Registered, *, at_least: int) -> bool:
         """Whether training goes on from a copy of so many steps or more."""
@@ -174,7 +180,8 @@ class Checkpoints:
             log.warning("elasticd: step %d is taken up from RAM (%s)", restored.step, restored.source)
         return True
 
-    def _restore_from_disk(self, registered: Registered, start_from: str | os.PathLike[str] | None) -> None:
+    def _restore_from_disk(self, registered: Registered, start_from: str | os.PathLike[str] | None) -> bool:
+        """Whether a checkpoint was taken up."""
         started = time.monotonic()
         fresh = registered.fresh_optimizers
         found = self._restore_newest()
@@ -182,12 +189,13 @@ class Checkpoints:
             drop_state(fresh)
             if start_from is not None:
                 self._start_from(registered, locate(start_from))
-            return
+            return False
         manifest = found.manifest
         self._take_up(registered, found.state, manifest.step)
         self._saved_step = manifest.step
         seconds = time.monotonic() - started
         self._reports.restored("disk", step=manifest.step, seconds=seconds, size_bytes=manifest.size_bytes)
+        return True
 
     def _restore_newest(self) -> Restored | None:
         if self._directory is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 from zlib import crc32
 
@@ -40,13 +40,9 @@ class Source:
     prefetch: int = 2
     collate: Collate | None = None
 
-    def is_like(self, other: Source) -> bool:
-        return self.dataset is other.dataset and replace(self, dataset=None) == replace(other, dataset=None)
-
     def changed_from(self, other: Source) -> list[str]:
-        """The arguments in which they differ."""
-        names = ("dataset", "size", "workers", "prefetch", "collate")
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        """The arguments in which they differ. Data sets are not compared: that may take long or mean something else."""
+        pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)) for each in fields(self)}
         return [name for name, (new, old) in pairs.items() if new is not old and (name == "dataset" or new != old)]
 
     @property

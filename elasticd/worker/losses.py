@@ -102,6 +102,7 @@ class StepLosses:
                 numbers[micro_batch] = loss
         return numbers
 
+
 class _Coming:
     """Losses on their way to the host: behind what computes them, before what the device is given next."""
 

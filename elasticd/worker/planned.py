@@ -256,13 +256,14 @@ class PlannedSteps:
         assert self._order is not None
         if self._order.cursor_at(step) != cursor:
             return False
-        if self._source.is_like(source):
+        changed = source.changed_from(self._source)
+        if not changed:
             return True
         if source.workers and step <= self._loader_since + 1 and not self._warned and dist.get_rank() == 0:
             log.warning(
                 "elasticd: step.micro_batches got another %s than in the step before, so its %d workers start anew, as "
                 "they will in each step that brings new ones: make it once, before the loop over steps",
-                " and ".join(source.changed_from(self._source)),
+                " and ".join(changed),
                 source.workers,
             )
             self._warned = True

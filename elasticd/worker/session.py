@@ -308,7 +308,8 @@ class Session:
         seed, or is not there for every rank. StateLost when what was registered has been overwritten by a checkpoint
         that proved damaged, and no other one is whole.
         """
-        self._checkpoints.restore(start_from)
+        if self._checkpoints.restore(start_from):
+            self._half_done = None
         return self.step
 
     def steps(self, until: int | None = None) -> Iterator[Step]:
@@ -316,7 +317,7 @@ class Session:
 
         A step whose block raised is not counted: if the script goes on all the same, on every rank, it is yielded
         again. Not once a registered optimizer's step() has begun in it: the update would be applied twice. To go on
-        then is a RuntimeError, and the job starts again from the last checkpoint.
+        then is a RuntimeError, unless ``restore`` has taken up a checkpoint meanwhile.
 
         Saves, stops and the final checkpoint (at ``until``; call ``save`` when you leave earlier) happen in between.
         StepsDiverged when the ranks are not in the same step; ConfigError when ``until`` is not the same on all of
@@ -487,7 +488,7 @@ class Session:
         if self._half_done is not None:
             raise RuntimeError(
                 f"the block of step {self._half_done.index} raised after optimizer.step(): its update is applied "
-                "already, and the step cannot be done again; start again from the last checkpoint"
+                "already, and the step cannot be done again: call session.restore(), or start again"
             ) from self._half_done.error
 
     def _park(self) -> None:

@@ -105,7 +105,7 @@ class Stream:
         return list(range(first, first + size))
 
     def is_like(self, source: Source) -> bool:
-        return self._source.is_like(source)
+        return not source.changed_from(self._source)
 
     def state(self, step: int) -> dict[str, Any]:
         """For a checkpoint: where the stream stands before this step. Reads up to there what is others'."""
