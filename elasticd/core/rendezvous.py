@@ -21,7 +21,7 @@ from elasticd.core.model import (
     Seat,
 )
 from elasticd.core.ring import seat_members
-from elasticd.core.seating import Room, choose_members, count_room
+from elasticd.core.seating import Room, choose_members, count_room, most_room_first
 from elasticd.core.stragglers import Exchange, Grounds, Suspect, SuspectKept, judge_suspect
 from elasticd.core.view import Keyed
 
@@ -230,12 +230,13 @@ def _after_failure(situation: Situation, current: Round, stay: Sequence[NodeId],
     """A worker failed: within the budget everybody starts again, beyond it the job has failed.
 
     Workers that have said what they take of a step, and end since it is less than the step, have not failed: they wait
-    for more. Where there are as many nodes as the job may have, none will come.
+    for more. But a job that has lost no node, and has as many as it may have, is one that can never hold a step.
     """
     seated = [seat.node_id for seat in current.seats if seat.node_id in situation.members]
     room = _room(situation, seated) if len(seated) == len(current.seats) else None
     short = room is not None and room.short
-    if short and len(seated) < situation.spec.max_nodes and not failure.final:
+    may_come = len(seated) < situation.spec.max_nodes or current.restarts_by(Cause.NODE_LOST)
+    if short and not failure.final and (may_come or _chosen(situation, stay)):
         return _world(situation, stay, Cause.NODE_LOST, settle_s=SETTLE_FAILURE_S)
     if short or failure.final or current.restarts_by(Cause.WORKER_FAILED) >= situation.spec.max_restarts:
         return _end(situation, Phase.FAILED, Cause.WORKER_FAILED, failure, SETTLE_FAILURE_S)
@@ -373,8 +374,14 @@ def _chosen(situation: Situation, candidates: Sequence[NodeId]) -> list[NodeId]:
 
 
 def _whole(situation: Situation, candidates: Sequence[NodeId]) -> list[NodeId]:
+    """Those who make a world by number. Where the first in turn cannot hold a step, those who take the most of it."""
     members = [situation.members[node].value for node in candidates]
-    return choose_members(members, situation.round, situation.spec)
+    chosen = choose_members(members, situation.round, situation.spec)
+    room = _room(situation, chosen)
+    if room is None or not room.short or len(members) <= situation.spec.max_nodes:
+        return chosen
+    roomiest = most_room_first(members, room.micro_batches)[: situation.spec.max_nodes]
+    return choose_members(roomiest, situation.round, situation.spec) or chosen
 
 
 def _room(situation: Situation, chosen: Sequence[NodeId]) -> Room | None:

@@ -177,6 +177,11 @@ def count_room(ring: Sequence[Member]) -> Room | None:
     return Room(held, micro_batches)
 
 
+def most_room_first(members: Sequence[Member], micro_batches: int) -> list[Member]:
+    """By what their ranks take of a step together, as far as it is known; as they come where that is the same."""
+    return sorted(members, key=lambda member: -sum(_caps(member) or (micro_batches,) * member.nproc))
+
+
 def _caps(member: Member) -> tuple[int, ...]:
     """Of each of its ranks, as it has them now; empty where that is not known."""
     caps = member.limits.caps if member.limits is not None else ()
