@@ -254,6 +254,12 @@ def shards_over_the_pipeline() -> None:
     session.register(model=fully_shard(small(session), mesh=session.mesh["pp"]))
 
 
+def static_graph() -> None:
+    """Run by a rank."""
+    session = Session(micro_batches=4)
+    session.register(model=DistributedDataParallel(small(session), static_graph=True))
+
+
 def half_in_ddp() -> None:
     """Run by a rank."""
     session = Session(micro_batches=4)
@@ -313,6 +319,7 @@ def exact_pipeline() -> None:
      (4, ddp_over_all_ranks, 'say process_group=session.mesh.get_group("dp")'),
      (4, ddp_over_the_pipeline, 'say process_group=session.mesh.get_group("dp")'),
      (4, shards_over_the_pipeline, "use meshes of session.mesh"),
+     (2, static_graph, "DistributedDataParallel(static_graph=True) must average in its first pass"),
      (2, half_in_ddp, "nothing averages the gradient of parameter disc.0.weight (4 in all) over the 2 replicas"),
      (2, half_in_exact_mode, "taken as it is"),
      (2, left_out_on_purpose, "taken as it is"),

@@ -189,6 +189,11 @@ class MeanGradients:
                     "DistributedDataParallel makes plain tensors of a tensor-parallel model's parameters, new ones in "
                     'each step: use fully_shard with mesh=session.mesh["replicate", "shard"] and Layout(shard=1)'
                 )
+            if replica.static_graph:  # torch's reducer fails on an assertion of its own (2.13)
+                raise ConfigError(
+                    "DistributedDataParallel(static_graph=True) must average in its first pass, and a step of several "
+                    "micro-batches averages in its last: leave it out (for torch.utils.checkpoint: use_reentrant=False)"
+                )
             over = dist.get_process_group_ranks(replica.process_group)
             if sorted(over) != arranged.peers:
                 raise ConfigError(
