@@ -336,6 +336,12 @@ def test_batches_of_the_data_sets_own() -> None:
     assert stream.take((1, 0))["numbers"][1][0].tolist() == [1.0, 1.0]
 
 
+def test_a_pack_of_any_length_is_one_sample() -> None:
+    with Session(micro_batches=COUNT) as session:
+        packs = steps_of(session, DataLoader(Batches(*range(3, 3 + COUNT)), None), until=1, size=1)
+    assert list(map(len, packs)) == list(range(3, 3 + COUNT))
+
+
 def test_any_iterable_will_do_and_its_samples_are_counted() -> None:
     with Session(micro_batches=COUNT) as session:
         assert steps_of(session, dict.fromkeys(range(20), "").keys(), until=2)[0] == [0, 1]

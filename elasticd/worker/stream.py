@@ -254,13 +254,19 @@ def _fitting(loader: DataLoader[Any], source: Source) -> DataLoader[Any]:
 
 
 def _check_size(batch: Any, size: int) -> None:
-    """ValueError unless the first tensor in it has as many samples: what else there is, is not known to be a sample."""
+    """ValueError unless the first tensor in it has as many samples: what else there is, is not known to be a sample.
+
+    A micro-batch of one sample is whatever the loader gives: a pack of sequences, of any length.
+    """
+    if size == 1:
+        return
     found = _first_tensor(batch)
     if found is None or not found.ndim or len(found) != size:
         shape = "no tensor" if found is None else f"one of shape {tuple(found.shape)} as its first tensor"
         raise ValueError(
             f"the loader has batch_size=None, and gives a batch with {shape}; micro-batches have {size} samples: let "
-            f"its data set give tensors of shape ({size}, ...), and leave out what is too little for one"
+            f"its data set give tensors of shape ({size}, ...), and leave out what is too little for one, or say size=1 "
+            "where each batch is one sample"
         )
 
 
