@@ -265,8 +265,8 @@ def _check_size(batch: Any, size: int) -> None:
         shape = "no tensor" if found is None else f"one of shape {tuple(found.shape)} as its first tensor"
         raise ValueError(
             f"the loader has batch_size=None, and gives a batch with {shape}; micro-batches have {size} samples: let "
-            f"its data set give tensors of shape ({size}, ...), and leave out what is too little for one, or say size=1 "
-            "where each batch is one sample"
+            f"its data set give tensors of shape ({size}, ...), and leave out what is too little for one; or say "
+            "size=1, where each batch is one sample"
         )
 
 
