@@ -186,6 +186,25 @@ def test_watch_moves_on_and_misses_nothing(cluster: EtcdCluster, store: EtcdStor
     other.close()
 
 
+def test_a_quiet_watch_wakes_nobody(cluster: EtcdCluster, store: EtcdStore, key: str) -> None:
+    """Only its probe, once a second, and the core's threads: grpc's waiting for a stream looks up ten times a second."""
+    follower = Follower(store, key, store.put(key, "start"))
+    until(lambda: follower.signs)
+    (reader,) = [thread for thread in threading.enumerate() if thread.name == "etcd-watch"]
+    before = switches(reader)
+    time.sleep(2.0)  # the window
+    assert switches(reader) - before <= 4
+    other = store.put(key, "and it is heard")
+    until(lambda: follower.seen and follower.seen[-1].revision == other)
+    follower.close()
+
+
+def switches(thread: threading.Thread) -> int:
+    """How often it has waited so far."""
+    status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
 def test_all_members_down_and_back(cluster: EtcdCluster, store: EtcdStore, key: str) -> None:
     follower = Follower(store, key, store.put(key, "start"))
 

@@ -32,6 +32,8 @@ _OPTIONS = (
     # etcd hangs up on clients that ping more often than every 5 s; the watch's own reads are the faster detector.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 2000),
+    # No ping beside each answer to measure the bandwidth: it costs what the answer costs, and windows of 64 KiB do.
+    ("grpc.http2.bdp_probe", 0),
     ("grpc.max_receive_message_length", -1),
     # A back-off that another store of this process caused is not ours.
     ("grpc.use_local_subchannel_pool", 1),
@@ -74,7 +76,8 @@ TXN = rpc_of("KV", "Txn")
 COMPACT = rpc_of("KV", "Compact", "Compaction")
 GRANT = rpc_of("Lease", "LeaseGrant")
 REVOKE = rpc_of("Lease", "LeaseRevoke")
-KEEPALIVE = rpc_of("Lease", "LeaseKeepAlive", streaming=True)
+# A stream of one request and one answer is on the wire what a plain call is, and a plain call needs no threads.
+KEEPALIVE = rpc_of("Lease", "LeaseKeepAlive")
 WATCH = rpc_of("Watch", "Watch", streaming=True)
 AUTHENTICATE = rpc_of("Auth", "Authenticate")
 
@@ -259,11 +262,7 @@ class EtcdLink:
         metadata: tuple[tuple[str, str], ...] = (),
     ) -> Any:
         """One call to one member. Raises grpc.RpcError."""
-        metadata += self.token_metadata(token)
-        argument = iter((request,)) if rpc.streaming else request
-        answer = member.start(rpc, argument, timeout=timeout_s, metadata=metadata)
-        if rpc.streaming:
-            answer = _first(answer)
+        answer = member.start(rpc, request, timeout=timeout_s, metadata=metadata + self.token_metadata(token))
         member.answered_at = time.monotonic()
         return answer
 
@@ -327,16 +326,6 @@ class EtcdLink:
         self._closed.set()
         for member in self.members:
             member.close()
-
-
-def _first(call: Any) -> Any:
-    """The one answer of a stream that was sent one request."""
-    try:
-        for answer in call:
-            return answer
-    finally:
-        call.cancel()
-    raise StoreUnavailable("etcd ended a stream without an answer")
 
 
 def _members(endpoints: Sequence[str], tls: EtcdTls | None) -> Iterator[Member]:

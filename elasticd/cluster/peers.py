@@ -16,13 +16,13 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from elasticd.cluster.connection import LINE_LIMIT_BYTES, Connection
 from elasticd.core.messages import Down, PeerAddress, PeerDown, PeerUp
 from elasticd.core.model import PROTOCOL_VERSION, BootId, NodeId
 from elasticd.errors import OperatorError
 
-HELLO_LIMIT_BYTES = 1024
 #: An unknown caller may be a peer whose record has not reached us yet.
 STRANGER_PATIENCE_S = 5.0
 MAX_BACKOFF_S = 1.0
@@ -38,14 +38,6 @@ class LinkSettings:
     client_tls: ssl.SSLContext | None = None
 
 
-@dataclass(slots=True, eq=False)
-class _Connection:
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    heard_at: float = field(default_factory=time.monotonic)
-    silent: bool = False
-
-
 class PeerLinks:
     """Holds links to the watched peers; calls ``post`` with PeerUp and PeerDown on changes only."""
 
@@ -54,25 +46,27 @@ class PeerLinks:
     ) -> None:
         self._me, self._boot_id, self._settings, self._post = me, boot_id, settings, post
         self._tasks: dict[PeerAddress, asyncio.Task[None]] = {}
-        self._incoming: dict[PeerAddress, asyncio.Queue[_Connection]] = {}
-        self._live: set[_Connection] = set()
+        self._incoming: dict[PeerAddress, asyncio.Queue[Connection]] = {}
+        self._live: set[Connection] = set()
         self._said: dict[PeerAddress, Down | None] = {}
         self._heard_at: dict[PeerAddress, float] = {}
         self._server: asyncio.Server | None = None
-        self._monitor: asyncio.Task[None] | None = None
+        self._next_beat: asyncio.TimerHandle | None = None
+        self._beat_at = 0.0
         self._callers: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
 
     async def listen(self, address: str, port: int) -> int:
         """Returns the port. OperatorError when it is in use."""
         try:
-            self._server = await asyncio.start_server(self._accept, address, port, ssl=self._settings.server_tls)
+            self._server = await asyncio.get_running_loop().create_server(
+                lambda: Connection(self._opened), address, port, ssl=self._settings.server_tls
+            )
         except OSError as error:
             raise OperatorError(
                 f"cannot listen for other daemons on {address}:{port}: {error.strerror}; "
                 "set node.address and node.peer_port"
             ) from error
-        self._monitor = asyncio.create_task(self._beat())
         return int(self._server.sockets[0].getsockname()[1])
 
     def watch(self, peers: frozenset[PeerAddress]) -> None:
@@ -90,7 +84,9 @@ class PeerLinks:
         self._changed = asyncio.Event()
 
     async def close(self) -> None:
-        tasks = [*self._tasks.values(), *self._callers] + ([self._monitor] if self._monitor else [])
+        if self._next_beat is not None:
+            self._next_beat.cancel()
+        tasks = [*self._tasks.values(), *self._callers]
         for task in tasks:
             task.cancel()
         if self._server is not None:
@@ -124,17 +120,19 @@ class PeerLinks:
         finally:
             self._drop(connection)
 
-    async def _open(self, peer: PeerAddress) -> _Connection | Down:
+    async def _open(self, peer: PeerAddress) -> Connection | Down:
         try:
             async with asyncio.timeout(self._settings.dead_after_s):
-                reader, writer = await asyncio.open_connection(peer.address, peer.port, ssl=self._settings.client_tls)
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    Connection, peer.address, peer.port, ssl=self._settings.client_tls
+                )
         except ConnectionRefusedError:
             return Down.REFUSED
         except (OSError, TimeoutError):
             return Down.SILENT
-        return _Connection(reader, writer)
+        return connection
 
-    async def _greeted(self, connection: _Connection, peer: PeerAddress) -> bool:
+    async def _greeted(self, connection: Connection, peer: PeerAddress) -> bool:
         """Whether the other end is the very life of the node that was meant."""
         who = await self._exchange(connection)
         return who == (peer.node_id, peer.boot_id)
@@ -165,18 +163,20 @@ class PeerLinks:
         probe = await self._open(peer)
         if isinstance(probe, Down):
             return probe
-        alive = await self._greeted(probe, peer)
-        self._drop(probe)
-        return None if alive else Down.REFUSED
+        try:
+            return None if await self._greeted(probe, peer) else Down.REFUSED
+        finally:
+            self._drop(probe)
 
     async def _why_silent(self, peer: PeerAddress) -> Down:
         return await self._why_ended(peer) or Down.SILENT
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _opened(self, connection: Connection) -> None:
+        task = asyncio.create_task(self._accept(connection))
         self._callers.add(task)
-        connection = _Connection(reader, writer)
+        task.add_done_callback(self._callers.discard)
+
+    async def _accept(self, connection: Connection) -> None:
         try:
             peer = await self._admit(connection)
             if peer is None:
@@ -185,16 +185,14 @@ class PeerLinks:
                 self._incoming[peer].put_nowait(connection)
         except asyncio.CancelledError:
             self._drop(connection)
-        finally:
-            self._callers.discard(task)
 
-    async def _admit(self, connection: _Connection) -> PeerAddress | None:
+    async def _admit(self, connection: Connection) -> PeerAddress | None:
         """The watched peer that calls, once its record has reached us; None for strangers and probes."""
         who = await self._exchange(connection)
         if who is None:
             return None
         deadline = time.monotonic() + STRANGER_PATIENCE_S
-        while time.monotonic() < deadline and not connection.reader.at_eof():
+        while time.monotonic() < deadline and not connection.ended.done():
             for peer in self._incoming:
                 if who == (peer.node_id, peer.boot_id):
                     return peer if self._me > peer.node_id else None
@@ -204,23 +202,20 @@ class PeerLinks:
 
     # --- both sides ---
 
-    async def _exchange(self, connection: _Connection) -> tuple[str, str] | None:
+    async def _exchange(self, connection: Connection) -> tuple[str, str] | None:
         """Say who we are and hear who they are; None when they are not of our kind."""
         hello = {"node": self._me, "boot": self._boot_id, "protocol": PROTOCOL_VERSION}
         try:
-            connection.writer.write(json.dumps(hello).encode() + b"\n")
+            connection.send(json.dumps(hello).encode() + b"\n")
             async with asyncio.timeout(2 * self._settings.dead_after_s):
-                line = await connection.reader.readuntil(b"\n")
-            theirs = json.loads(line[:HELLO_LIMIT_BYTES])
+                theirs = json.loads(await connection.line)
             if theirs.get("protocol") != PROTOCOL_VERSION:
                 return None
             return str(theirs["node"]), str(theirs["boot"])
-        except (OSError, TimeoutError, ValueError, KeyError, AttributeError, asyncio.IncompleteReadError):
-            return None
-        except asyncio.LimitOverrunError:
+        except (TimeoutError, ValueError, KeyError, AttributeError):
             return None
 
-    async def _until_end(self, connection: _Connection, peer: PeerAddress) -> bool:
+    async def _until_end(self, connection: Connection, peer: PeerAddress) -> bool:
         """Waits until the link ends. True when it fell silent, False at end-of-file.
 
         It counts as up from the first heartbeat that is heard, and not from the hello: a caller that has given up
@@ -228,34 +223,38 @@ class PeerLinks:
         """
         connection.heard_at = time.monotonic()
         self._live.add(connection)
+        if self._next_beat is None:
+            self._beat_at = connection.heard_at
+            self._beat_later()
         try:
-            connection.writer.write(b".")
-            while await connection.reader.read(256):
-                connection.heard_at = time.monotonic()
+            connection.send(b".")
+            if await connection.alive:
                 self._say(peer, None)
-        except OSError:
-            pass
+            await connection.ended
         finally:
             self._live.discard(connection)
         self._heard_at[peer] = connection.heard_at
         return connection.silent
 
-    async def _beat(self) -> None:
-        """Sends a byte on every link, and ends those that fell silent."""
-        woke_at = time.monotonic()
-        while True:
-            await asyncio.sleep(self._settings.heartbeat_s)
-            now = time.monotonic()
-            paused = now - woke_at > self._settings.dead_after_s / 2
-            woke_at = now
-            for connection in list(self._live):
-                if paused:  # we were stopped ourselves: what the others sent meanwhile is still to be read
-                    connection.heard_at = now
-                elif now - connection.heard_at > self._settings.dead_after_s - self._settings.heartbeat_s / 2:
-                    connection.silent = True
-                    connection.writer.transport.abort()
-                    continue
-                connection.writer.write(b".")
+    def _beat_later(self) -> None:
+        self._next_beat = asyncio.get_running_loop().call_later(self._settings.heartbeat_s, self._beat)
+
+    def _beat(self) -> None:
+        """Sends a byte on every link, and ends those that fell silent; not again while there is none."""
+        now = time.monotonic()
+        paused = now - self._beat_at > self._settings.dead_after_s / 2
+        self._beat_at, self._next_beat = now, None
+        for connection in self._live:
+            connection.look()
+            if paused:  # we were stopped ourselves: what the others sent meanwhile may be still to come
+                connection.heard_at = now
+            elif now - connection.heard_at > self._settings.dead_after_s - self._settings.heartbeat_s / 2:
+                connection.silent = True
+                connection.drop()
+                continue
+            connection.send(b".")
+        if self._live:
+            self._beat_later()
 
     def _say(self, peer: PeerAddress, down: Down | None) -> None:
         if peer in self._said and self._said[peer] == down:
@@ -269,10 +268,9 @@ class PeerLinks:
             silence_s = time.monotonic() - self._heard_at[peer] if peer in self._heard_at else None
             self._post(PeerDown(node_id=peer.node_id, boot_id=peer.boot_id, how=down, silence_s=silence_s))
 
-    def _drop(self, connection: _Connection) -> None:
+    def _drop(self, connection: Connection) -> None:
         self._live.discard(connection)
-        with contextlib.suppress(OSError, RuntimeError):
-            connection.writer.transport.abort()
+        connection.drop()
 
 
 def probe(address: str, port: int, timeout_s: float, tls: ssl.SSLContext | None = None) -> BootId | Down:
@@ -282,7 +280,7 @@ def probe(address: str, port: int, timeout_s: float, tls: ssl.SSLContext | None 
             connection = tls.wrap_socket(raw, server_hostname=address) if tls else raw
             connection.settimeout(timeout_s)
             with connection, connection.makefile("rb") as stream:
-                line = stream.readline(HELLO_LIMIT_BYTES)
+                line = stream.readline(LINE_LIMIT_BYTES)
         return BootId(str(json.loads(line)["boot"]))
     except ConnectionRefusedError:
         return Down.REFUSED
