@@ -44,8 +44,13 @@ class StepLosses:
         self._coming: _Coming | None = None
 
     def begin(self) -> None:
-        """A new step, or one again. What was under way, and nobody asked for, is left to end by itself."""
+        """A new step, or one again. What was under way, and nobody asked for, is left to end by itself.
+
+        Who gives its first step up says so, without waiting: others may have ended theirs, and wait for this rank.
+        """
         self._begun += 1
+        if self._begun > 1 and not self._agreed and not self._asked_before and self._group is not None:
+            self._start({}, asks=False)
         self._work = self._coming = None
 
     def complete_here(self, losses: Mapping[int, torch.Tensor]) -> None:
@@ -73,7 +78,10 @@ class StepLosses:
         return total / self._micro_batches
 
     def end_step(self) -> None:
-        """Collective in the first step that ends. StepsDiverged when only other ranks have asked for its mean."""
+        """Collective in the first step that ends.
+
+        StepsDiverged when only other ranks have asked for its mean, or have given it up.
+        """
         if self._agreed or self._group is None:
             return
         self._agreed = True
@@ -81,9 +89,11 @@ class StepLosses:
             return
         self._start({}, asks=False).wait()
         self._work = None
-        *_, asking, _ = self._every.tolist()
+        *_, asking, begun = self._every.tolist()
         if asking:
             raise _asked_on_some_ranks()
+        if begun != self._begun * self._group.size():
+            raise StepsDiverged("the first step's block raised, and was tried again, on some ranks only")
 
     def _start(self, losses: Mapping[int, torch.Tensor], *, asks: bool) -> dist.Work:
         # A new tensor each time: the exchange of a step that was given up may still be under way.

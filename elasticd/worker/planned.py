@@ -69,7 +69,7 @@ class PlannedSteps:
         #: Of how many micro-batches of the last step this rank's gradients were reduced by themselves (FSDP2).
         self.scatters = 1
         self._source: Source | None = None
-        self._agreed = self._warned = False
+        self._agreed = self._compared = self._warned = False
         #: Samples of a micro-batch: of the last step, and of the steps before a restart until they were compared.
         self._size: int | None = None
         self._saved_size: int | None = None
@@ -197,9 +197,10 @@ class PlannedSteps:
     def _begin(self, step: int) -> Gradients:
         """Collective before the job's first step: its state is in by then."""
         gradients = self._known_gradients()
-        if step == 0 and self._registered is not None:
-            check_first_values(self._registered, self._arranged, self._group, exact=self._work.exact)
         self._losses.begin()
+        if step == 0 and self._registered is not None and not self._compared:
+            check_first_values(self._registered, self._arranged, self._group, exact=self._work.exact)
+            self._compared = True  # once: who does the step again does not wait for others that do not
         gradients.clear(unequal=self._unequal)
         return gradients
 
