@@ -1,4 +1,5 @@
-"""The losses of a GPU are on their way to the host before its last backward pass, once somebody has asked for them."""
+"""Losses: those of a GPU are on their way to the host before its last backward pass, once somebody has asked for them;
+and the first step, at whose end ranks tell each other whether they have asked, when it is given up."""
 
 from __future__ import annotations
 
@@ -6,11 +7,16 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from worker_runs import run_world, world
 
+from elasticd import Session
 from elasticd.worker import losses as module
 from elasticd.worker.losses import StepLosses
 
 GPU = torch.device("cuda", 0)
+DATA = [torch.ones(1)] * 20
 
 
 class Coming:
@@ -68,3 +74,36 @@ def test_the_device_is_not_waited_for_to_its_end() -> None:
         behind.record()
         assert losses.mean(found) == value
     assert not behind.query(), "what was put behind the losses had ended: it was waited for"
+
+
+def give_up(in_the_loop: bool, on_all: bool) -> None:
+    """Run by a rank: it gives up its first attempt at the first step, or only rank 1 does."""
+    with Session(micro_batches=4) as session:
+        model = DistributedDataParallel(nn.Linear(1, 1))
+        session.register(model=model)
+        failing = on_all or session.rank == 1
+        for step in session.steps(until=3):
+            try:
+                with step:
+                    for batch in step.micro_batches(DATA, size=1):
+                        if failing and in_the_loop:
+                            raise KeyError
+                        step.backward(model(batch).mean())
+                    if failing:
+                        raise KeyError
+            except KeyError:
+                failing = False
+        print("ended at", session.step)
+
+
+@pytest.mark.parametrize("in_the_loop", [True, False])
+def test_a_first_step_that_is_given_up_by_one_rank_ends_all_of_them(in_the_loop: bool) -> None:
+    """It waited for the others in the loop, and they waited for it at its end."""
+    with world(2, give_up, in_the_loop, False) as ranks:
+        assert [rank.wait(20) for rank in ranks] == [1, 1]
+        assert any("StepsDiverged: the first step's block raised, and was tried again" in each.output for each in ranks)
+
+
+@pytest.mark.parametrize("in_the_loop", [True, False])
+def test_a_first_step_that_is_given_up_by_all_is_done_again(in_the_loop: bool) -> None:
+    assert run_world(2, give_up, in_the_loop, True) == ["ended at 3\n"] * 2

@@ -462,39 +462,6 @@ def test_the_mean_loss_on_one_rank_ends_all_of_them_at_once(size: int) -> None:
             assert "step.mean_loss() was called in a step on some ranks only: all must call it" in rank.output
 
 
-def give_up(in_the_loop: bool, on_all: bool) -> None:
-    """Run by a rank: it gives up its first attempt at the first step, or only rank 1 does."""
-    with Session(micro_batches=4) as session:
-        model = DistributedDataParallel(nn.Linear(1, 1))
-        session.register(model=model)
-        failing = on_all or session.rank == 1
-        for step in session.steps(until=3):
-            try:
-                with step:
-                    for batch in step.micro_batches(DATA, size=1):
-                        if failing and in_the_loop:
-                            raise KeyError
-                        step.backward(model(batch).mean())
-                    if failing:
-                        raise KeyError
-            except KeyError:
-                failing = False
-        print("ended at", session.step)
-
-
-@pytest.mark.parametrize("in_the_loop", [True, False])
-def test_a_first_step_that_is_given_up_by_one_rank_ends_all_of_them(in_the_loop: bool) -> None:
-    """It waited for the others in the loop, and they waited for it at its end."""
-    with world(2, give_up, in_the_loop, False) as ranks:
-        assert [rank.wait(20) for rank in ranks] == [1, 1]
-        assert any("StepsDiverged: the first step's block raised, and was tried again" in each.output for each in ranks)
-
-
-@pytest.mark.parametrize("in_the_loop", [True, False])
-def test_a_first_step_that_is_given_up_by_all_is_done_again(in_the_loop: bool) -> None:
-    assert run_world(2, give_up, in_the_loop, True) == ["ended at 3\n"] * 2
-
-
 def ask_late(on_all: bool) -> None:
     """Run by a rank: rank 1 comes late, or never, to what is asked for in the second step."""
     losses.PATIENCE = timedelta(seconds=0.3)
