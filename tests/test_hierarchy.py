@@ -105,7 +105,7 @@ def test_what_crosses_between_two_nodes_of_two_ranks() -> None:
             env = environment(
                 MASTER_ADDR=made[0].address,
                 GLOO_SOCKET_IFNAME=host.interface,
-                NETNS=host.netns,
+                ELASTICD_TEST_NETNS=host.netns,
             )
             ranks.append(Rank(report, (number,), env))
             stack.callback(ranks[-1].close)

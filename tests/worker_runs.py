@@ -46,7 +46,7 @@ def environment(**extra: str) -> dict[str, str]:
 class Rank:
     """A forked process that calls a function, in torchrun's environment but without its agent: nothing restarts it.
 
-    Within the network namespace that NETNS names, if it is there.
+    Within the network namespace that ELASTICD_TEST_NETNS names, if it is there.
     """
 
     def __init__(self, target: Callable[..., object], arguments: tuple[object, ...], env: dict[str, str]) -> None:
@@ -85,7 +85,7 @@ def _become(target: Callable[..., object], arguments: tuple[object, ...], env: d
 
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the tests
-    if netns := env.get("NETNS"):
+    if netns := env.get("ELASTICD_TEST_NETNS"):
         with Path("/run/netns", netns).open() as namespace:
             assert libc.setns(namespace.fileno(), 0x40000000) == 0, os.strerror(ctypes.get_errno())  # CLONE_NEWNET
     os.environ.clear()
